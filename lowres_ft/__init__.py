@@ -1,0 +1,47 @@
+"""lowres-ft: fine-tune small pretrained models on small machines, and share what comes of it.
+
+    from lowres_ft import load_recipe, run
+    bundle = run(load_recipe("sentiment-lora", ["train.epochs=1"]))
+
+The heavy libraries are imported when `run` and its kin are first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lowres_ft.errors import LowresError
+from lowres_ft.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from lowres_ft.bundle import Bundle, open_bundle
+    from lowres_ft.merging import merge
+    from lowres_ft.pipeline import run
+    from lowres_ft.prediction import Predictor, evaluate_bundle
+
+__version__ = "0.1.0"
+__all__ = [
+    "Bundle",
+    "LowresError",
+    "Predictor",
+    "Recipe",
+    "evaluate_bundle",
+    "load_recipe",
+    "merge",
+    "open_bundle",
+    "run",
+]
+# No module is called like a public function: importing the module would put itself in the function's place.
+_HOMES = {
+    "Bundle": "bundle",
+    "open_bundle": "bundle",
+    "merge": "merging",
+    "run": "pipeline",
+    "Predictor": "prediction",
+    "evaluate_bundle": "prediction",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowres_ft' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"lowres_ft.{_HOMES[name]}"), name)

@@ -1,0 +1,106 @@
+"""Pretrained bases: where one lies, what other programs call it, and by which hashes it is known again."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowres_ft import assets
+from lowres_ft.errors import AssetError, ModelError, nearest
+from lowres_ft.files import cached_sha256
+from lowres_ft.recipe import ModelSpec
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model in a folder."""
+
+    source: str
+    """As the recipe names it."""
+    folder: Path
+    name: str
+    """A name that other programs can load: a Hub id where its bytes are the pinned ones, else the folder."""
+    revision: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        try:
+            content = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.folder}/config.json cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{self.folder}/config.json is not an object")
+        return content
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of the config and of the weights (for shards: of the sorted list of names and hashes)."""
+        shards = sorted(self.folder.glob("*.safetensors"))
+        hashes = [(shard.name, cached_sha256(shard)) for shard in shards]
+        listed = "".join(f"{digest}  {name}\n" for name, digest in hashes)
+        weights = hashes[0][1] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
+        return {"config_sha256": cached_sha256(self.folder / "config.json"), "weights_sha256": weights}
+
+
+def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
+    """Find a base: a starter (fetched if need be), a folder, or a model of the Hub.
+
+    Raises:
+        AssetError: It cannot be fetched.
+        ModelError: What is there is no model with safetensors weights.
+    """
+    base = spec.base
+    if base.startswith("starter:"):
+        found = _starter(base, progress)
+    elif (folder := Path(base).expanduser()).is_dir():
+        found = Base(base, folder, str(folder.resolve()))
+    elif base.startswith((".", "/", "~")) or len(Path(base).parts) > 2:
+        raise ModelError(f"model.base: no folder {base}", hint=f"The current folder is {Path.cwd()}.")
+    else:
+        found = _hub(base, spec.revision)
+    _require_model(found)
+    return found
+
+
+def _starter(base: str, progress: assets.Progress | None) -> Base:
+    starter = assets.starter(base.removeprefix("starter:"))
+    if starter.file is not None:
+        raise ModelError(f"{base} is data, not a model", hint="Use it as data.train.")
+    folder = assets.fetch(starter.asset, progress)
+    name, _, revision = (starter.asset.hub or str(folder)).partition("@")
+    return Base(base, folder, name, revision or None)
+
+
+def _hub(base: str, revision: str | None) -> Base:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.file is None]
+    try:
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise ModelError(f"model.base: '{base}' is neither a folder nor a Hub id{nearest(base, starters)}") from error
+    except Exception as error:  # noqa: BLE001 (the Hub's client raises a dozen unrelated kinds)
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise AssetError(
+            f"model.base: '{base}' cannot be had from the Hub{offline}: {str(error).strip().splitlines()[0]}",
+            hint=f"Without a network, use a folder or a starter: {', '.join(starters)}.",
+        ) from error
+    return Base(base, folder, base, revision or folder.name)
+
+
+def _require_model(base: Base) -> None:
+    if not (base.folder / "config.json").is_file():
+        raise ModelError(f"{base.folder} holds no config.json, so it is no transformers model")
+    if (base.folder / "adapter_config.json").is_file():
+        raise ModelError(f"{base.folder} holds an adapter, not a whole model", hint="Merge it first: lowres-ft merge.")
+    if not any(base.folder.glob("*.safetensors")):
+        others = sorted(path.name for ending in ("*.bin", "*.pt") for path in base.folder.glob(ending))
+        held = f", only {', '.join(others)}" if others else ""
+        raise ModelError(
+            f"{base.folder} holds no .safetensors weights{held}",
+            hint="Pickled weights are not read; convert them with transformers' save_pretrained.",
+        )

@@ -1,0 +1,379 @@
+"""Bundles: an adapter that any PEFT client reads, and a passport that knows its base, its labels and its scores."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save as bytes_from
+from torch import Tensor
+
+from lowres_ft import bases, model, recipe
+from lowres_ft import plan as plans
+from lowres_ft.assets import Progress
+from lowres_ft.bases import Base
+from lowres_ft.batches import Tokens, collate
+from lowres_ft.device import Dtype, Machine
+from lowres_ft.errors import BundleError, LowresError, ModelError
+from lowres_ft.files import cached_sha256, sha256, write_bytes, write_json
+from lowres_ft.model import Adapted
+from lowres_ft.plan import Plan
+from lowres_ft.recipe import Recipe
+from lowres_ft.spec import Spec
+from lowres_ft.tasks.base import IGNORED, Batch
+
+PASSPORT = "lowres.json"
+ADAPTER = "adapter_model.safetensors"
+PROBE = "probe.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
+_RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
+
+
+class FileRecord(Spec):
+    """What a file of a bundle must be."""
+
+    sha256: str
+    size: int
+
+
+class BaseRecord(Spec):
+    """The base that a bundle belongs to."""
+
+    source: str
+    """As the recipe named it."""
+    name: str
+    """As other programs can load it."""
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+
+
+class Passport(Spec):
+    """`lowres.json`: what a bundle says of itself."""
+
+    format: Literal[1] = 1
+    base: BaseRecord
+    task: str
+    labels: tuple[str, ...]
+    method: str
+    quantize: str
+    dtype: Dtype
+    """What computed in training; evaluation and prediction compute in it too."""
+    plan: Plan
+    tokenizer_sha256: str
+    scores: dict[str, Any]
+    data: dict[str, str]
+    """A hash of each split's texts and labels."""
+    versions: dict[str, str]
+    machine: str
+    files: dict[str, FileRecord] = Field(default={})
+    """Every other file of the bundle."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids of a few rows, (R, T), and their attention mask."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def outputs(self, adapted: Adapted) -> Tensor:
+        """(R, ...) fp32 outputs of a model, on the processor."""
+        rows = torch.arange(len(self.ids))
+        parts = (self.ids, self.mask, torch.full((len(rows), 1), IGNORED), rows)
+        batch = Batch(*(part.to(adapted.device) for part in parts))
+        was_training = adapted.model.training
+        adapted.model.eval()
+        with torch.inference_mode(), adapted.computing():
+            found = adapted.task.outputs(adapted.model, batch).float().cpu().clone()
+        adapted.model.train(was_training)
+        return found
+
+
+def make_probe(tokens: Tokens, rows: int, adapted: Adapted) -> Probe | None:
+    """The first rows of a split as a probe; None for no rows."""
+    count = min(rows, len(tokens))
+    if not count:
+        return None
+    batch = collate(tokens, np.arange(count), adapted)
+    return Probe(batch.ids.cpu(), batch.mask.cpu())
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder that holds what training made."""
+
+    folder: Path
+    passport: Passport
+    recipe: Recipe
+
+    def base(self, place: str | None = None, progress: Progress | None = None) -> Base:
+        """Find the base, at `place` or where the recipe says, and make sure that it is the one recorded.
+
+        Raises:
+            BundleError: Another base lies there.
+            ModelError, AssetError: There is none.
+        """
+        spec = self.recipe.model
+        if place is not None:
+            spec = spec.model_copy(update={"base": place, "revision": None})
+        try:
+            found = bases.resolve(spec, progress)
+        except LowresError as error:
+            hint = f"{error.hint} If the base lies elsewhere, say where with --base."
+            raise type(error)(error.message, hint=hint) from error
+        recorded = self.passport.base
+        for what, digest in found.identity().items():
+            if digest != getattr(recorded, what):
+                raise BundleError(
+                    f"{self.folder} was trained on {recorded.source} ({what} {getattr(recorded, what)[:12]}...), "
+                    f"but the base at {found.folder} is another one ({what} {digest[:12]}...)",
+                    hint="Give the right base with --base.",
+                )
+        return found
+
+    def load(
+        self,
+        machine: Machine,
+        *,
+        dtype: Dtype | None = None,
+        quantize: str | None = None,
+        base: str | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Adapted, Plan]:
+        """Load the model as it was trained and measured, or in another dtype or storage.
+
+        Raises:
+            BundleError: The base is another one, or the tensors do not fit it.
+        """
+        if self.recipe.method.trains_base:
+            found = Base(str(self.folder), self.folder, str(self.folder))
+        else:
+            found = self.base(base, progress)
+        changed: dict[str, Any] = {"quantize": quantize or self.passport.quantize, "dtype": dtype or self.passport.dtype}
+        wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
+        plan = plans.make(wanted, machine)
+        adapted = model.load(wanted, found, plan, model.load_tokenizer(self.folder))
+        if not self.recipe.method.trains_base:
+            try:
+                adapted.restore(read_adapter(self.folder / ADAPTER))
+            except ModelError as error:
+                raise BundleError(f"{self.folder / ADAPTER}: {error.message}") from error
+        return adapted, plan
+
+    def probe(self) -> Probe | None:
+        """The probe rows; None where the bundle was made without."""
+        path = self.folder / PROBE
+        if not path.is_file():
+            return None
+        held = _tensors(path)
+        return Probe(held["input_ids"], held["attention_mask"])
+
+    def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
+        """Compare the probe rows' logits with those recorded. (Hashes were compared by `open_bundle`.)
+
+        Raises:
+            BundleError: They differ by more than they may.
+        """
+        probed = self.probe()
+        if probed is None:
+            if not self.recipe.method.trains_base:
+                self.base(base, progress)
+            return Verified(len(self.passport.files), 0, None, exact=False)
+        adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
+        found = probed.outputs(adapted)
+        gap = float((found - _tensors(self.folder / PROBE)["logits"]).abs().max())
+        ours = self.passport
+        same = (ours.machine, ours.versions, ours.plan.threads) == (machine.name, versions(), plan.threads)
+        if not gap <= (0.0 if same else _TOLERANCE):
+            raise BundleError(
+                f"{self.folder}: the logits of the probe rows differ from those recorded by up to {gap:.2g}",
+                hint="The adapter does not do here what it did where it was made; see `lowres.json` for versions.",
+            )
+        return Verified(len(ours.files), len(found), gap, exact=same)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` compared."""
+
+    files: int
+    probe_rows: int
+    largest_difference: float | None
+    """Of the probe rows' fp32 logits; None without a probe."""
+    exact: bool
+    """True on the machine and versions that wrote the bundle, where bit-equality was asked for."""
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Read a bundle and compare every file with its passport.
+
+    Raises:
+        BundleError: It is no bundle, or a file is missing or changed.
+    """
+    folder = Path(folder)
+    if not (folder / PASSPORT).is_file():
+        found = "is not there" if not folder.exists() else f"holds no {PASSPORT}"
+        raise BundleError(f"{folder} {found}, so it is no bundle", hint="`lowres-ft recipe NAME` makes one.")
+    try:
+        passport = Passport.model_validate_json((folder / PASSPORT).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{folder / PASSPORT}: {where}: {first['msg']}", hint="It is damaged, or of a newer format.") from error
+    for name, record in passport.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{folder} lacks {name}", hint="Ask for the whole bundle again.")
+        if path.stat().st_size != record.size or sha256(path) != record.sha256:
+            raise BundleError(f"{path} is not what {PASSPORT} says: it was changed", hint="Ask for the bundle again.")
+    loaded = recipe.load_recipe(folder / "recipe.yaml")
+    bundle = Bundle(folder, passport, loaded)
+    _agree(bundle)
+    return bundle
+
+
+def _agree(bundle: Bundle) -> None:
+    """Compare what the passport says with the recipe and with PEFT's config."""
+    ours, theirs = bundle.passport, bundle.recipe
+    labels = getattr(theirs.task, "labels", None) or ()
+    said = {
+        "task": (ours.task, theirs.task.kind),
+        "method": (ours.method, theirs.method.kind),
+        "quantize": (ours.quantize, theirs.model.quantize),
+        "labels": (ours.labels, tuple(labels)),
+    }
+    for what, (passport, held) in said.items():
+        if passport != held:
+            raise BundleError(f"{bundle.folder}: {what} is {passport} in {PASSPORT} but {held} in recipe.yaml")
+
+
+def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
+    """Write weights, tokenizer and recipe into a bundle's folder."""
+    if resolved.method.trains_base:
+        model.save_plain(adapted, folder)
+    else:
+        write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
+        write_json(folder / "adapter_config.json", peft_config(adapted))
+    model.load_tokenizer(adapted.base.folder).save_pretrained(folder)
+    write_bytes(folder / "recipe.yaml", resolved.to_yaml().encode())
+
+
+def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tensor | None) -> Bundle:
+    """Load a written bundle anew, see that it computes what was measured, and write probe and passport, the last file.
+
+    Raises:
+        BundleError: The reloaded model's logits are not those of the trained one.
+    """
+    if probed is not None and expected is not None:
+        adapted, _ = bundle.load(machine)
+        gap = float((probed.outputs(adapted) - expected).abs().max())
+        if not gap <= _RELOADED:
+            raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")
+        del adapted
+        reference, _ = bundle.load(machine, dtype="float32")
+        held = {"input_ids": probed.ids, "attention_mask": probed.mask, "logits": probed.outputs(reference)}
+        write_bytes(bundle.folder / PROBE, bytes_from(held))
+    files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
+    passport = bundle.passport.model_copy(update={"files": files})
+    write_json(bundle.folder / PASSPORT, passport.model_dump(mode="json"))
+    return replace(bundle, passport=passport)
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(sha256=sha256(path), size=path.stat().st_size)
+
+
+def passport(
+    adapted: Adapted, resolved: Recipe, plan: Plan, machine: Machine, scores: dict[str, Any], data: dict[str, str]
+) -> Passport:
+    """The passport of a trained model, without its files."""
+    base = adapted.base
+    return Passport(
+        base=BaseRecord(source=base.source, name=base.name, revision=base.revision, **base.identity()),
+        task=resolved.task.kind,
+        labels=tuple(getattr(resolved.task, "labels", None) or ()),
+        method=resolved.method.kind,
+        quantize=resolved.model.quantize,
+        dtype=plan.dtype,
+        plan=plan,
+        tokenizer_sha256=_tokenizer_hash(base.folder),
+        scores=scores,
+        data=data,
+        versions=versions(),
+        machine=machine.name,
+    )
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    """Hash of the file that holds the vocabulary."""
+    names = ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.txt", "vocab.json")
+    return next((cached_sha256(folder / name) for name in names if (folder / name).is_file()), "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("lowres-ft", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peft_tensors(adapted: Adapted) -> dict[str, Tensor]:
+    """The tensors of a bundle under PEFT's names, contiguous and on the processor."""
+    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in adapted.tensors().items()}
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file under their names in the model.
+
+    Raises:
+        BundleError: The file cannot be read.
+    """
+    return {_own_name(name): tensor for name, tensor in _tensors(path).items()}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return tensors_from(path.read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _peft_name(name: str) -> str:
+    return _PEFT_PREFIX + (f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
+
+
+def _own_name(name: str) -> str:
+    name = name.removeprefix(_PEFT_PREFIX)
+    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+
+
+def peft_config(adapted: Adapted) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    layers = [adapted.model.get_submodule(name) for name in adapted.adapted]
+    config = adapted.method.peft_config(
+        base_model_name_or_path=adapted.base.name,
+        revision=adapted.base.revision,
+        task_type=adapted.task.peft_type,
+        target_modules=model.shortest_names(adapted),
+        modules_to_save=list(adapted.heads),
+        fan_in_fan_out=any(getattr(layer, "transposed", False) for layer in layers),
+    )
+    content: Mapping[str, Any] = config.to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found

@@ -1,0 +1,84 @@
+"""README.md of a bundle: a model card in the Hub's form, with the very lines that load it."""
+
+import json
+from typing import Any
+
+from lowres_ft import yaml12
+from lowres_ft.bundle import Bundle
+
+
+def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
+    """The card of a bundle whose scores stand in `report`. `pad_token_id` is given where the base sets none."""
+    body = [
+        f"# {bundle.recipe.name}",
+        bundle.recipe.summary,
+        f"Trained with lowres-ft ({_method(bundle)}) on {_named_base(bundle)}; data: `{bundle.recipe.data.train}`.",
+        "## Scores",
+        _table(report),
+        "95 % bootstrap intervals. `report.json` holds the rest, `recipe.yaml` the experiment, `lowres.json` the hashes.",
+        "## Use",
+        f"With lowres-ft: `lowres-ft predict . \"a text\"`; `lowres-ft verify .` checks files and logits.",
+        "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
+        f"```python\n{_lines(bundle, pad_token_id)}\n```",
+    ]
+    return f"---\n{yaml12.dumps(_front_matter(bundle))}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+
+
+def _front_matter(bundle: Bundle) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers" if bundle.recipe.method.trains_base else "peft"}
+    if bundle.passport.base.revision:  # only a name on the Hub is a base to the Hub
+        front["base_model"] = bundle.passport.base.name
+    return front | {"pipeline_tag": "text-classification", "tags": ["lowres-ft", bundle.passport.method]}
+
+
+def _method(bundle: Bundle) -> str:
+    held = "" if bundle.passport.quantize == "none" else f", base in {bundle.passport.quantize}"
+    return f"{bundle.passport.method}{held}, computed in {bundle.passport.dtype}"
+
+
+def _named_base(bundle: Bundle) -> str:
+    base = bundle.passport.base
+    revision = f" at revision {base.revision[:12]}" if base.revision else ""
+    return f"`{base.name}`{revision}"
+
+
+def _table(report: dict[str, Any]) -> str:
+    rows = [(split, scores) for split, scores in report["scores"].items()]
+    rows += [(f"test, baseline {name}", scores) for name, scores in report["baselines"].items()]
+    if not rows:
+        return "No rows were held out."
+    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and "low" in value]
+    lines = ["| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for label, scores in rows:
+        cells = [f"{scores[n]['value']:.3f} [{scores[n]['low']:.3f}, {scores[n]['high']:.3f}]" for n in names]
+        lines.append(f"| {label} ({scores[names[0]]['count']}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
+    """Python that loads the bundle; `json.dumps` writes the labels, so that no label can be code."""
+    auto = bundle.recipe.task.model_class
+    if bundle.recipe.method.trains_base:
+        return "\n".join(
+            [
+                f"from transformers import AutoTokenizer, {auto}",
+                f'model = {auto}.from_pretrained(".").eval()',
+                'tokenizer = AutoTokenizer.from_pretrained(".")',
+            ]
+        )
+    labels = bundle.passport.labels
+    id2label = ", ".join(f"{index}: {json.dumps(label)}" for index, label in enumerate(labels))
+    label2id = json.dumps({label: index for index, label in enumerate(labels)})
+    base = bundle.passport.base
+    options = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    pad = "" if pad_token_id is None else f", pad_token_id={pad_token_id}"
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            f"from transformers import AutoTokenizer, {auto}",
+            f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}, num_labels={len(labels)},",
+            f"    id2label={{{id2label}}}, label2id={label2id}{pad})",
+            'model = PeftModel.from_pretrained(base, ".").eval()',
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+        ]
+    )

@@ -1,0 +1,180 @@
+"""Commands about bundles and bases: evaluate, predict, merge, verify and base."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+
+from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="Compute with the unquantized base in this dtype.  [default: as it was trained]"),
+]
+
+
+def evaluate(
+    bundle: BundleFolder,
+    data: Annotated[str | None, typer.Option("--data", help="Rows to score.  [default: the recipe's test rows]")] = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Score a bundle, with 95 % intervals."""
+    from lowres_ft import device as devices
+    from lowres_ft.bundle import open_bundle
+    from lowres_ft.cli import summary
+    from lowres_ft.prediction import evaluate_bundle
+
+    opened = open_bundle(bundle)
+    with _fetching(quiet) as progress, tempfile.TemporaryDirectory(prefix="lowres-ft-") as work:
+        adapted, plan = opened.load(
+            devices.find(device), dtype=dtype, quantize="none" if dtype else None, base=base, progress=progress
+        )
+        scores, _ = evaluate_bundle(opened, adapted, plan, Path(work), data)
+    print(json.dumps(scores.to_json()) if as_json else summary.scores_table(scores.to_json()))
+
+
+def predict(
+    bundle: BundleFolder,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; - reads lines from standard input.", show_default=False)
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or one text a line; - is standard input.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the screen.")] = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Label texts."""
+    from lowres_ft import device as devices
+    from lowres_ft import prediction
+    from lowres_ft.bundle import open_bundle
+
+    if not texts and file is None:
+        raise typer.BadParameter("give texts, --file F, or - for standard input", param_hint="TEXT")
+    opened = open_bundle(bundle)
+    with _fetching(quiet) as progress:
+        loaded = opened.load(
+            devices.find(device), dtype=dtype, quantize="none" if dtype else None, base=base, progress=progress
+        )
+    predictor = prediction.Predictor(*loaded)
+    if texts and texts != ["-"]:
+        found = predictor.texts(texts)
+    elif file not in (None, "-"):
+        found = predictor(prediction.examples(opened, str(file)))
+    else:
+        found = predictor.texts(line.rstrip("\r\n") for line in sys.stdin if line.strip())
+    with _writing(out) as sink:
+        for line in _lines(found, as_json):
+            sink.write(line + "\n")
+
+
+def _lines(predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
+    for found in predictions:
+        if as_json:
+            yield json.dumps(found, ensure_ascii=False)
+        else:
+            # One prediction stays one line, and no text moves the cursor.
+            text = "".join(mark if mark.isprintable() else " " for mark in found["text"])
+            yield f"{found['label']}\t{found['scores'][found['label']]:.3f}\t{text}"
+
+
+@contextmanager
+def _writing(out: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears whole or not at all."""
+    if out is None:
+        yield sys.stdout
+        return
+    from lowres_ft.files import write_bytes
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as sink:
+        yield sink
+        sink.seek(0)
+        write_bytes(out, sink.read().encode())
+
+
+def merge(
+    bundle: BundleFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged model.", show_default=False)],
+    data: Annotated[str | None, typer.Option("--data", help="Rows to compare on.  [default: the recipe's test rows]")] = None,
+    base: Base = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fold the adapter into its base, and prove that nothing changed."""
+    from dataclasses import asdict
+
+    from lowres_ft import device as devices
+    from lowres_ft.bundle import open_bundle
+    from lowres_ft.merging import merge as merge_bundle
+
+    with _fetching(quiet):
+        found = merge_bundle(open_bundle(bundle), out, devices.find(device), base=base, rows=data)
+    if as_json:
+        print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
+        return
+    print(f"compared on {found.rows:,} rows ({found.source}): largest difference of a logit {found.largest_difference:.1e}, no label differs")
+    if found.from_measured is not None:
+        print(f"to the model as it was measured: largest difference of a logit {found.from_measured:.1e}")
+    print(f"merged model {found.folder}, fp32, for any program that reads transformers models")
+
+
+def verify(
+    bundle: BundleFolder, base: Base = None, device: Device = "auto", quiet: Quiet = False, as_json: Json = False
+) -> None:
+    """Check every file, the base, and the logits of the probe rows."""
+    from dataclasses import asdict
+
+    from lowres_ft import device as devices
+    from lowres_ft.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    with _fetching(quiet) as progress:
+        found = opened.verify(devices.find(device), base, progress)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    print(f"{found.files} files are as the passport says; the base is the one recorded")
+    if found.largest_difference is None:
+        print("the bundle holds no probe rows")
+    else:
+        how = "bit-equal" if found.exact else f"equal within {found.largest_difference:.1e}"
+        print(f"logits of {found.probe_rows} probe rows are {how}")
+
+
+def base(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A starter, a Hub id or a folder.", show_default=False)],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Print the folder where a base lies, fetching it if need be, for other programs."""
+    from lowres_ft import assets, bases
+    from lowres_ft.recipe import ModelSpec
+
+    source = f"starter:{name}" if name in assets.STARTERS else name
+    with _fetching(quiet) as progress:
+        found = bases.resolve(ModelSpec(base=source), progress)
+    print(json.dumps({"folder": str(found.folder), "name": found.name, "revision": found.revision}) if as_json else found.folder)
+
+
+@contextmanager
+def _fetching(quiet: bool) -> Iterator[Any]:
+    """A callback that shows downloads."""
+    from lowres_ft.cli.display import listening
+    from lowres_ft.events import Fetching
+
+    with listening(quiet) as listen:
+        yield lambda what, done, total: listen(Fetching(what, done, total))

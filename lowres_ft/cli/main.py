@@ -1,0 +1,67 @@
+"""The entry point: it catches what a user can mend, and turns signals into exit codes."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+import lowres_ft
+from lowres_ft.cli import bundles, recipes
+from lowres_ft.errors import LowresError
+
+app = typer.Typer(
+    name="lowres-ft",
+    help="Fine-tune small pretrained models on small machines, and share what comes of it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for _command in (recipes.recipe, recipes.list_, recipes.show, recipes.new):
+    app.command(_command.__name__.rstrip("_"))(_command)
+for _command in (bundles.evaluate, bundles.predict, bundles.merge, bundles.verify, bundles.base):
+    app.command(_command.__name__)(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lowres-ft {lowres_ft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune small pretrained models on small machines, and share what comes of it."""
+
+
+class _Stopped(SystemExit):
+    """A signal: unwinds everything, and click lets it pass."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped(128 + number)
+
+
+def main() -> None:
+    """Run the command line. Exit 2 for a LowresError, 130 and 143 for signals; anything else keeps its traceback."""
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app()
+    except LowresError as error:
+        _complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
+        sys.exit(2)
+    except _Stopped as stopped:
+        _complain("interrupted", *getattr(stopped, "__notes__", ()))
+        sys.exit(stopped.code)
+
+
+def _complain(*lines: str) -> None:
+    for line in lines:
+        if line:
+            print(line, file=sys.stderr)

@@ -1,0 +1,86 @@
+"""Commands about recipes: recipe, list, show and new."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowres_ft.cli.options import Device, Json, Overrides, Quiet
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or the path of one.", show_default=False)]
+
+
+def recipe(
+    name: Name,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the bundle.  [default: runs/NAME]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and base, print the plan, and train nothing.")
+    ] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: from data to a measured bundle."""
+    from lowres_ft.recipe import load_recipe
+
+    loaded = load_recipe(name, overrides or [])
+    # The heavy libraries come after the recipe is known to be right.
+    from lowres_ft import pipeline
+    from lowres_ft.cli import summary
+    from lowres_ft.cli.display import listening
+
+    with listening(quiet) as listen:
+        if dry_run:
+            rehearsal = pipeline.rehearse(loaded, device_name=device, listen=listen)
+        else:
+            bundle = pipeline.run(loaded, out, device_name=device, listen=listen)
+    if dry_run:
+        print(summary.rehearsal_json(rehearsal) if as_json else summary.rehearsal(loaded, rehearsal))
+        return
+    report = json.loads((bundle.folder / "report.json").read_text(encoding="utf-8"))
+    print(json.dumps({"bundle": str(bundle.folder), **report}) if as_json else summary.run(bundle.folder, report))
+
+
+def list_(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from lowres_ft.recipe import load_recipe, shipped
+
+    recipes = [load_recipe(name) for name in shipped()]
+    if as_json:
+        fields = [{"name": r.name, "summary": r.summary, "task": r.task.kind, "method": r.method.kind} for r in recipes]
+        print(json.dumps(fields))
+        return
+    width = max(len(recipe.name) for recipe in recipes)
+    for found in recipes:
+        print(f"{found.name:<{width}}  {found.summary}")
+
+
+def show(name: Name, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print a recipe in full, every default written out."""
+    from lowres_ft.recipe import load_recipe
+
+    found = load_recipe(name, overrides or [])
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(json.dumps(found.model_dump(mode="json")) if as_json else found.to_yaml(), end="\n" if as_json else "")
+
+
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new recipe.", show_default=False)],
+    from_: Annotated[str, typer.Option("--from", help="Recipe to start from.")] = "sentiment-lora",
+    data: Annotated[str | None, typer.Option("--data", help="Your rows: columns and labels are guessed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe of your own, NAME.yaml in this folder."""
+    from lowres_ft import guess
+
+    written: dict[str, Any] = guess.new(name, from_, data)
+    if as_json:
+        print(json.dumps(written))
+        return
+    for line in written["guessed"]:
+        print(line)
+    print(f"wrote {written['path']}; run it with: lowres-ft recipe {written['path']}")

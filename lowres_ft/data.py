@@ -1,0 +1,236 @@
+"""Rows on disk and their splits.
+
+A source is read once into an Arrow file with the columns that the task reads, where each row stands, and a hash of
+its text; everything after works on that file, memory-mapped, so a source may be larger than memory.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lowres_ft import assets, readers
+from lowres_ft.errors import DataError, nearest
+from lowres_ft.recipe import DataSpec, Recipe
+from lowres_ft.tasks.base import Example, Seen, Task
+
+_BATCH = 4096  # rows that stand in memory at a time
+_TYPES = {"string": pa.string()}
+_PROBLEMS = 10  # problems with rows that are told at the most
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of an Arrow file, in an order of their own."""
+
+    table: pa.Table
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """The rows at these positions of this selection."""
+        return Rows(self.table, self.index[index])
+
+    def keys(self) -> np.ndarray:
+        """(N,) uint64 hashes of the texts."""
+        return np.asarray(self.table["key"].to_numpy())[self.index]
+
+    def labels(self) -> list[str]:
+        """(N,) labels as they stand in the source."""
+        return list(self.table["label"].take(pa.array(self.index)).to_pylist())
+
+    def examples(self, task: Task) -> Iterator[Example]:
+        """The rows as examples of a task."""
+        for start in range(0, len(self.index), _BATCH):
+            part = self.table.take(pa.array(self.index[start : start + _BATCH]))
+            for row in part.to_pylist():
+                yield task.read(row, row["where"])
+
+    def fingerprint(self) -> str:
+        """A hash of the texts and labels in their order."""
+        digest = hashlib.sha256(self.keys().astype("<u8").tobytes())
+        for label in self.labels():
+            digest.update(f"{len(label)}:{label}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The splits of an experiment, and the task with its labels known."""
+
+    task: Task
+    train: Rows
+    validation: Rows | None
+    test: Rows | None
+    notes: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, Rows]:
+        """The splits that there are, by name."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of each split."""
+        return {name: rows.fingerprint() for name, rows in self.splits().items()}
+
+    def apart(self, split: str) -> np.ndarray:
+        """Positions in a split of the rows whose text does not stand in train."""
+        return np.flatnonzero(~np.isin(self.splits()[split].keys(), self.train.keys()))
+
+
+def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = None) -> Data:
+    """Read the sources of a recipe into `workspace` and split them.
+
+    Raises:
+        DataError: A file or row is wrong, a label unknown, or there are too few rows; file and line are named.
+        AssetError: A starter cannot be fetched.
+    """
+    spec = recipe.data
+    rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress)
+    task = recipe.task.resolve(seen)
+    held: dict[str, Rows] = {}
+    shares: dict[str, float] = {}
+    for name, source in {"validation": spec.validation, "test": spec.test}.items():
+        if isinstance(source, str):
+            held[name], seen = store(source, task, spec.columns, workspace / f"{name}.arrow", progress)
+            task.check(seen)
+        elif source is not None:
+            shares[name] = source
+    taken = split(rows, task, shares, recipe.train.seed)
+    held |= {name: rows.take(taken[name]) for name in shares}
+    train = rows.take(taken["train"][: spec.limit])
+    if len({task.class_of(label) for label in set(train.labels())}) < 2:
+        raise DataError(f"data.limit={spec.limit} leaves rows of one class only", hint="Raise it.")
+    data = Data(task, train, held.get("validation"), held.get("test"))
+    return replace(data, notes=tuple(_overlaps(data, spec)))
+
+
+def _overlaps(data: Data, spec: DataSpec) -> Iterator[str]:
+    for name, source in {"validation": spec.validation, "test": spec.test}.items():
+        if isinstance(source, str):
+            both = len(data.splits()[name]) - len(data.apart(name))
+            if both:
+                yield f"{both} of {len(data.splits()[name])} {name} texts stand in train too; scored with and without"
+
+
+def store(
+    source: str, task: Task, columns: Mapping[str, str], path: Path, progress: assets.Progress | None = None
+) -> tuple[Rows, dict[str, Seen]]:
+    """Read a source into an Arrow file at `path`; return its rows and the labels that stand in it."""
+    roles = task.columns
+    schema = pa.schema(
+        [("where", pa.string()), ("key", pa.uint64()), *((role, _TYPES[kind]) for role, kind in roles.items())]
+    )
+    seen: dict[str, Seen] = {}
+    wrong: list[DataError] = []
+    pending: list[dict[str, Any]] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for where, row in readers.rows(source, progress):
+            try:
+                example = task.read(by_role(row, where, roles, columns), where)
+                pending.append({"where": where, "key": key(example), "text": example.text, "label": example.label})
+            except DataError as error:
+                wrong.append(error)
+                if len(wrong) == _PROBLEMS:
+                    break
+                continue
+            _count(seen, example)
+            if len(pending) == _BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(pending, schema))
+                pending.clear()
+        writer.write_batch(pa.RecordBatch.from_pylist(pending, schema))
+    if wrong:
+        raise DataError("\n  ".join(error.message for error in wrong), hint=wrong[0].hint or "Mend or remove the rows.")
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return Rows(table, np.arange(table.num_rows)), seen
+
+
+def _count(seen: dict[str, Seen], example: Example, most: int = 2000) -> None:
+    """Count a label; a column of free text is not a label column, and is not counted to its end."""
+    label = example.label or ""
+    if before := seen.get(label):
+        seen[label] = Seen(before.count + 1, before.where)
+    elif len(seen) < most:
+        seen[label] = Seen(1, example.where)
+
+
+def by_role(row: Mapping[str, Any], where: str, roles: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Name the values of a row by the roles that their columns play.
+
+    Raises:
+        DataError: The row lacks a column.
+    """
+    values = {}
+    for role in roles:
+        name = columns.get(role, role)
+        if name not in row:
+            raise DataError(
+                f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}",
+                hint=f"Say which column holds the {role}: data.columns.{role}=NAME.",
+            )
+        values[role] = row[name]
+    return values
+
+
+def key(example: Example) -> int:
+    """64-bit hash of the text. Equal texts have equal keys.
+
+    Raises:
+        DataError: The text cannot be written as UTF-8.
+    """
+    try:
+        raw = example.text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{example.where}: the text holds half a character ({error.reason})") from error
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def split(rows: Rows, task: Task, shares: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Seeded, stratified parts of rows: positions by name, and what is left as 'train', each in a shuffled order.
+
+    Equal texts stay on one side; each part gets at least one text of each class. A text whose rows have
+    different labels goes with the first of them.
+
+    Raises:
+        DataError: A class has fewer different texts than there are parts, or the shares leave nothing to train on.
+    """
+    if sum(shares.values()) >= 1:
+        told = " + ".join(f"{share:g}" for share in shares.values())
+        raise DataError(f"data.validation and data.test take {told} of train", hint="Leave some for training.")
+    keys = rows.keys()
+    _, first, group, size = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    index_of = {label: task.class_of(label) for label in set(rows.labels())}
+    classes = np.array([index_of[label] for label in rows.labels()])[first]
+    random = np.random.default_rng([seed, 1])
+    part_of = np.zeros(len(first), dtype=np.int64)
+    for label, index in sorted(index_of.items(), key=lambda item: item[1]):
+        members = random.permutation(np.flatnonzero(classes == index))
+        if len(members) < len(shares) + 1:
+            raise DataError(_too_few(label, len(members), shares))
+        start = 0
+        for part, share in enumerate(shares.values(), start=1):
+            wanted = max(1, round(share * size[classes == index].sum()))
+            reached = np.searchsorted(np.cumsum(size[members[start:]]), wanted) + 1
+            left = len(shares) - part + 1  # texts that later parts and train need
+            stop = min(start + reached, len(members) - left)
+            part_of[members[start:stop]] = part
+            start = stop
+    order = random.permutation(len(keys))
+    named = enumerate(("train", *shares))
+    return {name: order[part_of[group][order] == part] for part, name in named}
+
+
+def _too_few(label: str, found: int, shares: Mapping[str, float]) -> str:
+    parts = ", ".join(("train", *shares))
+    least = len(shares) + 1
+    return (
+        f"the class {label!r} has {found} different text{'s' * (found != 1)}, and at least {least} are needed to stand "
+        f"in {parts}; {math.ceil(1 / min(shares.values(), default=1))} or more keep the shares"
+    )

@@ -1,0 +1,115 @@
+"""What this machine is: its device, the dtypes that are fast on it, its processes and its peak memory."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowres_ft.errors import LowresError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that computes, and what is worth knowing of it."""
+
+    device: str
+    """'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    name: str
+    dtype: Dtype
+    """The fastest dtype that trains well here."""
+    threads: int
+    processes: int = 1
+    rank: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The device without its number."""
+        return self.device.partition(":")[0]
+
+
+def find(device: str = "auto") -> Machine:
+    """Look at the machine. `auto` takes a CUDA device, else MPS, else the processor.
+
+    Raises:
+        LowresError: The device that was asked for is not here.
+    """
+    processes, rank, local = _launched()
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = f"cuda:{local}" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    threads = torch.get_num_threads()
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise LowresError(f"no device is called '{device}'", hint="Use cpu, cuda, cuda:N or mps.") from error
+    if kind == "cpu":
+        return Machine("cpu", _cpu_name(), "bfloat16" if _fast_bfloat16() else "float32", threads, processes, rank)
+    if kind == "cuda" and torch.cuda.is_available():
+        dtype: Dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        return Machine(device, torch.cuda.get_device_name(device), dtype, threads, processes, rank)
+    if kind == "mps" and torch.backends.mps.is_available():
+        return Machine("mps", "Apple GPU", "float32", threads, processes, rank)
+    raise LowresError(f"the device '{device}' is not here", hint="`--device cpu` works everywhere.")
+
+
+def _launched() -> tuple[int, int, int]:
+    """Number of processes, rank and local rank, as accelerate's launcher set them up."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 1, 0, 0
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.num_processes, state.process_index, state.local_process_index
+
+
+def _fast_bfloat16() -> bool:
+    """True where the processor has units for bf16 products; elsewhere bf16 is slower than fp32."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def _cpu_name() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name") or "processor")
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in one exchange."""
+    from accelerate.utils import reduce
+
+    flat: Tensor = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+    total = reduce(flat, reduction="sum")
+    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def wait_for_all(machine: Machine) -> None:
+    """Return when every process has come here."""
+    if machine.processes > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def same_for_all(machine: Machine, text: str) -> str:
+    """The first process's text, in every process."""
+    if machine.processes == 1:
+        return text
+    from accelerate.utils import broadcast_object_list
+
+    return str(broadcast_object_list([text])[0])
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory that this process held so far: allocated on a GPU, resident on a processor."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,123 @@
+"""Writing and naming files: atomically, with the umask's permissions, and by their hashes."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lowres_ft.errors import OutputError
+
+
+def cache_dir() -> Path:
+    """Where starter assets and hashes are kept: `LOWRES_FT_CACHE`, else the platform's user cache."""
+    if place := os.environ.get("LOWRES_FT_CACHE"):
+        return Path(place).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lowres-ft")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it holds either its old content or all of `data`.
+
+    Raises:
+        OutputError: The disk or the folder does not allow it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinities are refused: other programs cannot read them."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def sync(folder: Path) -> None:
+    """Make renames in `folder` durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "Make room or choose another place with --out."
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}", hint=hint) from error
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Make a finished folder appear at `place`, whole or not at all; every file gets the umask's permissions.
+
+    Raises:
+        OutputError: Something stands at `place`, or it cannot be written.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    with writing(place):
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            sync_file(path)
+        if place.exists():
+            raise OutputError(f"{place} exists by now", hint="Choose another place with --out.")
+        os.rename(folder, place)
+        sync(place.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file that a library wrote durable."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new empty folder that is gone afterwards, whatever happens."""
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, read once."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """Like `sha256`, but remembered in the cache by path, size and time of change."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    memory = cache_dir() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
+    if memory.is_file() and len(known := memory.read_text()) == 64:
+        return known
+    digest = sha256(path)
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(memory, digest.encode())
+    return digest

@@ -1,0 +1,133 @@
+"""Merging an adapter into its base, and proof that nothing changed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from lowres_ft import data, evaluate, model
+from lowres_ft.batches import Tokens, tokenize
+from lowres_ft.bundle import Bundle
+from lowres_ft.device import Machine
+from lowres_ft.errors import AssetError, BundleError, DataError, OutputError
+from lowres_ft.files import publish, scratch
+from lowres_ft.model import Adapted
+from lowres_ft.plan import Plan
+
+_LARGEST = 1e-3  # of an fp32 logit
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge was checked on, and what it showed."""
+
+    folder: Path
+    rows: int
+    source: str
+    """Where those rows come from."""
+    largest_difference: float
+    """Between adapter + fp32 base and the merged model, of a logit."""
+    flipped: int
+    metric: float | None
+    """The task's first metric of the merged model; None where the rows have no labels."""
+    from_measured: float | None
+    """Largest difference of a logit to the model as it was measured, where that was quantized or in 16 bits."""
+
+
+def merge(
+    bundle: Bundle, out: Path, machine: Machine, *, base: str | None = None, rows: str | None = None
+) -> Merged:
+    """Write a plain transformers folder in fp32 that computes what the adapter on its base does.
+
+    It is compared with adapter + full-precision base on `rows` (a data source), else on the recipe's test rows, else on
+    the bundle's probe rows. It appears at `out` only if no logit differs by more than 1e-3, no label flips and the
+    metric is not worse.
+
+    Raises:
+        BundleError: The merged model differs, or there is nothing to compare on.
+        OutputError: `out` exists or cannot be written.
+    """
+    out = Path(out)
+    if bundle.recipe.method.trains_base:
+        raise BundleError(f"{bundle.folder} holds a whole model: there is nothing to merge")
+    if out.exists():
+        raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
+    with scratch(out.with_name(f"{out.name}.merging")) as work:
+        adapted, plan = bundle.load(machine, dtype="float32", quantize="none", base=base)
+        compared = _compared(bundle, adapted, work, rows)
+        before = compared.outputs(adapted, plan)
+        folder = work / "model"
+        model.merge(adapted)
+        model.save_plain(adapted, folder)
+        model.load_tokenizer(bundle.folder).save_pretrained(folder)
+        adapted = replace(adapted, model=_plain(bundle, folder, plan), adapted=(), heads=())
+        merged = _proof(bundle, out, compared, before, compared.outputs(adapted, plan))
+        del adapted
+        if (bundle.passport.quantize, bundle.passport.dtype) != ("none", "float32"):
+            measured = compared.outputs(*bundle.load(machine, base=base))
+            merged = replace(merged, from_measured=float(np.abs(before - measured).max()))
+        publish(folder, out)
+    return merged
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The rows that models are compared on."""
+
+    source: str
+    outputs: Callable[[Adapted, Plan], np.ndarray]
+    truth: np.ndarray | None = None
+
+
+def _compared(bundle: Bundle, adapted: Adapted, work: Path, rows: str | None) -> _Compared:
+    """Rows that were asked for, else the recipe's test rows, else the probe rows."""
+    task, columns = bundle.recipe.task, bundle.recipe.data.columns
+    if rows is not None:
+        stored, seen = data.store(rows, task, columns, work / "rows.arrow")
+        task.check(seen)
+        return _labelled(rows, tokenize(adapted, stored, work / "rows"))
+    try:
+        test = data.load(bundle.recipe, work).test
+        missing = "the recipe has no test rows"
+    except (DataError, AssetError) as error:
+        test, missing = None, f"the recipe's data cannot be read ({error.message.splitlines()[0]})"
+    if test is not None:
+        return _labelled("the recipe's test rows", tokenize(adapted, test, work / "test"))
+    probe = bundle.probe()
+    if probe is None:
+        raise BundleError(f"nothing to compare on: no probe rows in {bundle.folder}, and {missing}", hint="Give --data.")
+    return _Compared(f"the bundle's probe rows, as {missing}", lambda found, plan: probe.outputs(found).numpy())
+
+
+def _labelled(source: str, tokens: Tokens) -> _Compared:
+    def outputs(found: Adapted, plan: Plan) -> np.ndarray:
+        return evaluate.outputs(found, tokens, plan)
+
+    return _Compared(source, outputs, evaluate.targets(tokens))
+
+
+def _plain(bundle: Bundle, folder: Path, plan: Plan) -> PreTrainedModel:
+    """What was written, loaded as any other program would."""
+    auto = getattr(transformers, bundle.recipe.task.model_class)
+    loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    return loaded.to(plan.device).eval()  # type: ignore[arg-type]  # torch's own `to` takes a name
+
+
+def _proof(bundle: Bundle, out: Path, compared: _Compared, before: np.ndarray, after: np.ndarray) -> Merged:
+    """Compare both models' outputs; raise a BundleError where they differ."""
+    task, truth = bundle.recipe.task, compared.truth
+    gap = float(np.abs(before - after).max())
+    flipped = int((before.argmax(-1) != after.argmax(-1)).sum())
+    metric = None if truth is None else task.metrics(truth, after)[task.metric]
+    lost = 0.0 if truth is None else task.metrics(truth, before)[task.metric] - task.metrics(truth, after)[task.metric]
+    if not gap <= _LARGEST or flipped or lost > 0:
+        raise BundleError(
+            f"the merged model differs from adapter and base on {len(before)} rows: logits by up to {gap:.2g}, "
+            f"{flipped} labels, {task.metric} by {-lost:+.4f}; nothing was kept",
+            hint="Use the adapter unmerged, and report this with the base's name.",
+        )
+    return Merged(out, len(before), compared.source, gap, flipped, metric, from_measured=None)

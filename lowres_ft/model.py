@@ -1,0 +1,416 @@
+"""The model of an experiment: looked at on the meta device, loaded, and adapted."""
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from lowres_ft import quantize
+from lowres_ft.bases import Base
+from lowres_ft.errors import ModelError, nearest
+from lowres_ft.linear import AdaptedLinear, DropoutKeys
+from lowres_ft.methods.base import Method
+from lowres_ft.recipe import Recipe
+from lowres_ft.tasks.base import Task
+
+if TYPE_CHECKING:
+    from lowres_ft.plan import Plan
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the base."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a model without reading a weight."""
+
+    linears: tuple[Linear, ...]
+    """Linear layers of the base, heads not among them."""
+    heads: tuple[str, ...]
+    """Outermost modules of the task's head."""
+    head_parameters: int
+    parameters: int
+    layers: int
+    hidden: int
+    attention_heads: int
+    vocabulary: int
+
+
+def profile(base: Base, task: Task) -> Profile:
+    """Look at a base with the task's head, on the meta device.
+
+    Raises:
+        ModelError: transformers has no model of that kind for the task.
+    """
+    config = _config(base, task)
+    with torch.device("meta"), _quiet():
+        model = _auto(task).from_config(config)
+    heads = _heads(model)
+    linears = tuple(Linear(name, *_widths(module)) for name, module in _linears(model, heads))
+    text = config.get_text_config()
+    return Profile(
+        linears=linears,
+        heads=heads,
+        head_parameters=sum(p.numel() for head in heads for p in model.get_submodule(head).parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=int(getattr(text, "num_hidden_layers", 0)),
+        hidden=int(getattr(text, "hidden_size", 0)),
+        attention_heads=int(getattr(text, "num_attention_heads", 0)),
+        vocabulary=int(getattr(text, "vocab_size", 0)),
+    )
+
+
+def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
+    """Names of the linear layers that a method adapts.
+
+    Raises:
+        ModelError: A name matches no layer.
+    """
+    wanted = method.wanted()
+    names = [linear.name for linear in linears]
+    if wanted == "all-linear":
+        chosen = names
+    elif wanted == "attention":
+        chosen = [name for name in names if any(_ATTENTION.search(part) for part in name.split("."))]
+    else:
+        ends = {name.rpartition(".")[2] for name in names}
+        for target in wanted:
+            if not any(_matches(name, target) for name in names):
+                known = ", ".join(sorted(ends))
+                raise ModelError(
+                    f"method.targets: no linear layer is called '{target}'{nearest(target, ends)}",
+                    hint=f"This base has {known}.",
+                )
+        chosen = [name for name in names if any(_matches(name, target) for target in wanted)]
+    if wanted and not chosen:
+        raise ModelError(f"method.targets: this base has no linear layer for '{wanted}'")
+    return tuple(chosen)
+
+
+def trainable(method: Method, profile: Profile) -> int:
+    """How many parameters a method trains."""
+    if method.trains_base:
+        return profile.parameters
+    chosen, adapter = set(targets(method, profile.linears)), method.low_rank()
+    rank = 0 if adapter is None else adapter.rank
+    layers = (linear for linear in profile.linears if linear.name in chosen)
+    return profile.head_parameters + sum(rank * (linear.inputs + linear.outputs) for linear in layers)
+
+
+def shortest_names(adapted: "Adapted") -> list[str]:
+    """Last parts of the adapted layers' names where these single them out by PEFT's rule, else whole names."""
+    linears = [name for name, m in adapted.model.named_modules() if isinstance(m, nn.Linear | Conv1D | AdaptedLinear)]
+    ends = {name.rpartition(".")[2] for name in adapted.adapted}
+    if {name for name in linears if any(_matches(name, end) for end in ends)} == set(adapted.adapted):
+        return sorted(ends)
+    return sorted(adapted.adapted)
+
+
+def _matches(name: str, target: str) -> bool:
+    """PEFT's rule: the whole name, or its last parts."""
+    return name == target or name.endswith(f".{target}")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A loaded model, ready to train or to predict."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    method: Method
+    base: Base
+    heads: tuple[str, ...]
+    """Modules that are trained and saved whole, beside the adapters."""
+    adapted: tuple[str, ...]
+    keys: DropoutKeys
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The context in which the model is called: autocast where fp32 weights compute in 16 bits."""
+        if self.method.trains_base and self.dtype != torch.float32:
+            return torch.autocast(self.device.type, self.dtype)
+        return nullcontext()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by their names in the model."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a bundle holds: the adapters and the heads (with their buffers), by their names in the model."""
+        found = dict(self.trained())
+        for head in self.heads:
+            found |= {f"{head}.{name}": t for name, t in self.model.get_submodule(head).state_dict().items()}
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors back that `tensors()` gave.
+
+        Raises:
+            ModelError: Names or shapes are not those of this model.
+        """
+        own = self.tensors()
+        if wrong := sorted(own.keys() ^ tensors.keys()):
+            missing = "missing" if wrong[0] in own else "unknown"
+            raise ModelError(f"{len(wrong)} tensors do not belong to this model, such as {wrong[0]} ({missing})")
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ModelError(
+                    f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+            tensor.copy_(tensors[name])
+
+
+def load(recipe: Recipe, base: Base, plan: "Plan", tokenizer: PreTrainedTokenizerBase | None = None) -> Adapted:
+    """Load a base with the head of the recipe's task, whose labels are known, and add what the method trains.
+
+    Frozen weights are held in the plan's dtype or quantized; adapters and heads in fp32. New weights follow
+    from the seed.
+
+    Raises:
+        ModelError: The base cannot be loaded or adapted as asked.
+    """
+    tokenizer = tokenizer or load_tokenizer(base.folder)
+    dtype = getattr(torch, plan.dtype)
+    model, heads = _load_model(recipe, base, plan, tokenizer)
+    _require_distinct(model, heads)
+    keys = DropoutKeys(recipe.train.seed)
+    model.requires_grad_(recipe.method.trains_base)
+    chosen: tuple[str, ...] = ()
+    if not recipe.method.trains_base:
+        chosen = _adapt(model, recipe, heads, keys)
+        for head in heads:
+            module = model.get_submodule(head).float().requires_grad_(True)
+            module.register_forward_pre_hook(_to_float32)
+    model.train(recipe.model.dropout > 0)
+    return Adapted(model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype)
+
+
+def merge(adapted: Adapted) -> None:
+    """Fold each adapter into its weight, in place: afterwards the model is a plain one of transformers."""
+    for name in adapted.adapted:
+        layer = adapted.model.get_submodule(name)
+        assert isinstance(layer, AdaptedLinear)
+        weight = (layer.weight + layer.delta()).to(layer.weight.dtype)
+        plain: nn.Module
+        if layer.transposed:
+            plain = Conv1D(layer.out_features, layer.in_features)
+            weight = weight.t().contiguous()
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+        adapted.model.set_submodule(name, plain)
+
+
+def save_plain(adapted: Adapted, folder: Path) -> None:
+    """Write a model without adapters as a transformers folder, its config as the base had it plus the task's fields."""
+    config = _config(adapted.base, adapted.task)
+    for field in ("pad_token_id", "architectures", "dtype"):
+        setattr(config, field, getattr(adapted.model.config, field))
+    adapted.model.config = config
+    with _quiet():
+        adapted.model.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; where it has no padding token, the end-of-text token pads (and is masked).
+
+    Raises:
+        ModelError: It cannot be loaded, or has no token to pad with.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 (missing files, missing packages, bad JSON: all are told)
+        raise ModelError(f"{folder}: no tokenizer can be loaded: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{folder}: the tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _config(base: Base, task: Task) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base.folder, **task.model_config_fields())
+    except (ValueError, OSError, KeyError) as error:
+        kind = base.config().get("model_type")
+        raise ModelError(
+            f"{base.source}: transformers {transformers.__version__} cannot read its config (model_type {kind!r})",
+            hint="A newer transformers may know it; code that comes with a model is never run.",
+        ) from error
+
+
+def _auto(task: Task) -> Any:
+    return getattr(transformers, task.model_class)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load report off the terminal: what they say is checked here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_model(
+    recipe: Recipe, base: Base, plan: "Plan", tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model and the names of its heads: the task's, and every module that the files did not fill."""
+    task = recipe.task
+    config = _config(base, task)
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    if recipe.model.dropout:
+        for field, value in vars(config).items():
+            if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(config, field, recipe.model.dropout)
+    dtype = torch.float32 if recipe.method.trains_base else getattr(torch, plan.dtype)
+    heads = profile(base, task).heads
+    model, new = _from_files(recipe, base, plan, config, heads, dtype)
+    if set(new) - set(heads) and recipe.model.quantize != "none":
+        # A module that the files do not fill must not be quantized, and only loading tells which those are.
+        model, new = _from_files(recipe, base, plan, config, (*heads, *new), dtype)
+    if (size := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
+        raise ModelError(f"{base.folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {size}")
+    if recipe.model.quantize == "none":
+        model.to(plan.device)  # a quantized one was read onto its device
+    return model, (*heads, *(name for name in new if name not in heads))
+
+
+def _from_files(
+    recipe: Recipe, base: Base, plan: "Plan", config: Any, keep: tuple[str, ...], dtype: torch.dtype
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load the weights; return the model and the outermost modules that were newly made."""
+    options = quantize.loading_options(recipe.model.quantize, plan.device, keep)
+    torch.manual_seed(recipe.train.seed)
+    try:
+        with _quiet():
+            model, report = _auto(recipe.task).from_pretrained(
+                base.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=plan.attention,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                **options,
+            )
+    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first}") from error
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    return model, _outermost(model, missing, base)
+
+
+def _outermost(model: PreTrainedModel, missing: set[str], base: Base) -> tuple[str, ...]:
+    """The modules to which missing weights belong: heads, or whole children of the base such as a pooler.
+
+    Raises:
+        ModelError: Embeddings or layers are missing, so the files are not this model's.
+    """
+    found: dict[str, None] = {}
+    prefix = model.base_model_prefix
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for key in sorted(missing - tied):
+        parts = key.split(".")
+        name = ".".join(parts[:2] if parts[0] == prefix else parts[:1])
+        own = {f"{name}.{inner}" for inner in model.get_submodule(name).state_dict()} if len(parts) > 1 else set()
+        if parts[0] == prefix and not own <= missing:
+            raise ModelError(
+                f"{base.folder}: the weights lack {key} and {len(missing) - 1} more, so they are not this model's",
+                hint="Is it the folder of another architecture, or a broken download?",
+            )
+        found[name] = None
+    return tuple(found)
+
+
+def _heads(model: PreTrainedModel) -> tuple[str, ...]:
+    """Outermost modules outside the base that hold parameters."""
+    prefix = model.base_model_prefix
+    return tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
+
+
+def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
+    """PEFT restores every module whose name ends in a head's name: no other module may."""
+    for name, _ in model.named_modules():
+        for head in heads:
+            if name.endswith(head) and not any(f"{name}.".startswith(f"{other}.") for other in heads):
+                raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
+
+
+def _linears(model: PreTrainedModel, heads: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads):
+            yield name, module
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _adapt(model: PreTrainedModel, recipe: Recipe, heads: tuple[str, ...], keys: DropoutKeys) -> tuple[str, ...]:
+    """Replace the layers that are adapted or quantized; return the names of those adapted."""
+    modules = dict(_linears(model, heads))
+    linears = tuple(Linear(name, *_widths(module)) for name, module in modules.items())
+    chosen = targets(recipe.method, linears)
+    adapter = recipe.method.low_rank()
+    for linear in linears:
+        module = modules[linear.name]
+        if linear.name not in chosen and quantize.codes(module) is None:
+            continue
+        replaced = _frozen(module)
+        if adapter is not None and linear.name in chosen:
+            replaced.adapt(linear.name, adapter, keys)
+        model.set_submodule(linear.name, replaced)
+    return chosen
+
+
+def _frozen(module: nn.Module) -> AdaptedLinear:
+    """An AdaptedLinear without adapter that computes what `module` does."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    if (quantized := quantize.codes(module)) is not None:
+        return AdaptedLinear(quantized[0], bias, scale=quantized[1])
+    layer = AdaptedLinear(weight.t().contiguous() if isinstance(module, Conv1D) else weight, bias)
+    layer.transposed = isinstance(module, Conv1D)
+    return layer
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Heads compute in fp32, whatever the base does."""
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

@@ -1,0 +1,80 @@
+"""Predictions of a bundle for texts, and its scores on other rows."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowres_ft import data, evaluate, readers
+from lowres_ft.batches import in_memory, tokenize
+from lowres_ft.bundle import Bundle
+from lowres_ft.errors import DataError
+from lowres_ft.evaluate import Scores
+from lowres_ft.model import Adapted
+from lowres_ft.plan import Plan
+from lowres_ft.tasks.base import Example
+
+_AT_ONCE = 1024  # texts that stand in memory together
+
+
+class Predictor:
+    """A bundle's model, ready to label texts."""
+
+    def __init__(self, adapted: Adapted, plan: Plan) -> None:
+        self.adapted = adapted
+        self.plan = plan
+
+    def __call__(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+        """Yield what `lowres-ft predict --json` prints, one for each example, in order."""
+        task = self.adapted.task
+        iterator = iter(examples)
+        while part := list(itertools.islice(iterator, _AT_ONCE)):
+            tokens = in_memory(task.encode(self.adapted.tokenizer, part))
+            outputs = evaluate.outputs(self.adapted, tokens, self.plan)
+            yield from (task.prediction(example, output) for example, output in zip(part, outputs, strict=True))
+
+    def texts(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Like a call, for bare texts."""
+        return self(Example(f"text {number}", text) for number, text in enumerate(texts, start=1))
+
+
+def examples(bundle: Bundle, file: str) -> Iterator[Example]:
+    """The texts of a CSV, TSV, JSONL or Parquet file (its text column as the recipe maps it), or one a line.
+
+    Raises:
+        DataError: The file cannot be read, or lacks the column.
+    """
+    path = Path(file)
+    if path.suffix.lower() not in readers.ENDINGS:
+        if not path.is_file():
+            raise DataError(f"no file {file}")
+        for number, line in readers.lines(path, file):
+            if line.strip():
+                yield Example(f"{file}:{number}", line.rstrip("\r\n"))
+        return
+    roles = {role: kind for role, kind in bundle.recipe.task.columns.items() if role != "label"}
+    columns: Mapping[str, str] = bundle.recipe.data.columns
+    for where, row in readers.rows(file):
+        yield bundle.recipe.task.read(data.by_role(row, where, roles, columns), where)
+
+
+def evaluate_bundle(
+    bundle: Bundle, adapted: Adapted, plan: Plan, work: Path, source: str | None = None
+) -> tuple[Scores, int]:
+    """Score a bundle's model on a data source, else on the recipe's test rows; return the scores and the row count.
+
+    Raises:
+        DataError: The rows cannot be read, or the recipe has no test rows.
+    """
+    task = bundle.recipe.task
+    if source is not None:
+        rows, seen = data.store(source, task, bundle.recipe.data.columns, work / "rows.arrow")
+        task.check(seen)
+    else:
+        test = data.load(bundle.recipe, work).test
+        if test is None:
+            raise DataError("the recipe has no test rows", hint="Say which rows with --data.")
+        rows = test
+    tokens = tokenize(adapted, rows, work / "rows")
+    scores = evaluate.score(task, evaluate.targets(tokens), evaluate.outputs(adapted, tokens, plan))
+    return scores, len(rows)

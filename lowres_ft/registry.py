@@ -1,0 +1,36 @@
+"""Plug-ins by folder: a task or a method is a file, and its name is the name in a recipe."""
+
+import importlib
+import pkgutil
+from typing import Literal
+
+from lowres_ft.errors import RecipeError, nearest
+from lowres_ft.spec import Spec
+
+Folder = Literal["tasks", "methods"]
+
+
+def names(folder: Folder) -> tuple[str, ...]:
+    """The plug-ins that lie in a folder, sorted."""
+    package = importlib.import_module(f"lowres_ft.{folder}")
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"))
+
+
+def load(folder: Folder, name: object) -> type[Spec]:
+    """The plug-in class of a name: the one `Spec` that its file defines.
+
+    Raises:
+        RecipeError: No file of that name lies in the folder.
+    """
+    known = names(folder)
+    if not isinstance(name, str) or name not in known:
+        raise RecipeError(f"must be one of {', '.join(known)}, found {name!r}{nearest(str(name), known)}")
+    module = importlib.import_module(f"lowres_ft.{folder}.{name}")
+    base = importlib.import_module(f"lowres_ft.{folder}.base").PLUGIN
+    (plugin,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+    )
+    assert issubclass(plugin, Spec)
+    return plugin

@@ -1,0 +1,67 @@
+"""report.json: what was planned and what was measured. Other programs rely on its keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowres_ft import bundle
+from lowres_ft.evaluate import Baseline, Scores
+from lowres_ft.model import Adapted
+from lowres_ft.plan import Plan
+from lowres_ft.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run took."""
+
+    train_seconds: float
+    """Steps alone, evaluations not counted."""
+    examples: int
+    tokens: int
+    """Real tokens that were trained on, padding not counted."""
+    steps: int
+    best_step: int
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, with rates per second of training."""
+        seconds = max(self.train_seconds, 1e-9)
+        return {
+            "train_seconds": self.train_seconds,
+            "examples_per_second": self.examples / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "best_step": self.best_step,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def make(
+    recipe: Recipe,
+    plan: Plan,
+    adapted: Adapted,
+    measured: Measured,
+    scores: Mapping[str, Scores],
+    baselines: Mapping[str, Baseline],
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    """The content of report.json, but for `adapter_bytes`, which is known once the adapter is written."""
+    trained = sum(parameter.numel() for parameter in adapted.trained().values())
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
+        "measured": measured.to_json(),
+        "trainable_parameters": trained,
+        "scores": {split: found.to_json() for split, found in scores.items()},
+        "baselines": {name: baseline.to_json() for name, baseline in baselines.items()},
+        "notes": list(notes),
+        "versions": bundle.versions(),
+    }
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of the weights in a bundle's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != bundle.PROBE)

@@ -1,0 +1,88 @@
+"""The base of everything that a user configures, and its validation errors in plain words."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lowres_ft.errors import nearest
+
+
+class Spec(BaseModel):
+    """Frozen configuration: unknown keys are refused, and each field's docstring is its help."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+_BOUND = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+_KIND = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "finite_number": "a finite number",
+}
+_UNION_TAGS = ("constrained-", "function-", "list[", "tuple[", "literal[")
+
+
+def problems(error: ValidationError, known: Callable[[tuple[str, ...]], Iterable[str]]) -> dict[str, str]:
+    """Return one sentence for each wrong key of `error`, by its dotted path.
+
+    `known` gives the names that are allowed at a path; it is asked for the nearest one to an unknown key.
+    Alternatives of a union that all failed become one sentence: "must be a number or text".
+    """
+    wanted: dict[str, list[str]] = {}
+    found: dict[str, Any] = {}
+    for item in error.errors(include_url=False):
+        path = _path(item["loc"])
+        dotted = ".".join(path)
+        wanted.setdefault(dotted, [])
+        found[dotted] = item["input"]
+        sentence = _wanted(item["type"], item.get("ctx", {}), item["msg"])
+        if item["type"] == "extra_forbidden":
+            sentence = "is not a key here" + nearest(path[-1], known(path[:-1]))
+        if sentence not in wanted[dotted]:
+            wanted[dotted].append(sentence)
+    return {path: _sentence(parts, found[path]) for path, parts in wanted.items()}
+
+
+def _path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Drop the parts of a pydantic location that name a union's alternative."""
+    types = {"int", "float", "str", "bool"}
+    parts = [str(part) for part in location]
+    return tuple(p for i, p in enumerate(parts) if i == 0 or not (p in types or p.startswith(_UNION_TAGS)))
+
+
+def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:
+    if kind in _KIND:
+        return f"must be {_KIND[kind]}"
+    for name, words in _BOUND.items():
+        if name in context:
+            return f"must be {words} {context[name]:g}"
+    if kind == "literal_error":
+        return f"must be {str(context['expected'])}"
+    if kind == "missing":
+        return "is missing"
+    return message.removeprefix("Value error, ")
+
+
+def _sentence(parts: list[str], found: object) -> str:
+    """Join the alternatives; a key that is unknown or missing has no value worth showing."""
+    if parts[0].startswith("is "):
+        return parts[0]
+    first, *rest = parts
+    words = " or ".join([first, *(part.removeprefix("must be ") for part in rest)])
+    return f"{words}, found {found!r}"

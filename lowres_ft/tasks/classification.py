@@ -1,0 +1,251 @@
+"""Text classification: one label for a text."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from lowres_ft.errors import DataError, nearest
+from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Seen, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MOST_LABELS = 1000
+BASELINE_ROWS = 100_000
+"""Training rows that the baselines see at the most; they hold their vocabulary in memory."""
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
+_WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
+"""A word, a character of a script without spaces, or a sign: so that no text is without words."""
+
+
+def _as_text(value: object) -> object:
+    """A label written as a number or a truth value is the text of it."""
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int) else value
+
+
+Label = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+
+
+class Classification(Task):
+    """One of several labels for each text."""
+
+    kind: Literal["classification"] = "classification"
+    labels: tuple[Label, ...] | None = None
+    """Names of the classes in order; null finds them in the training rows."""
+
+    columns: ClassVar[Mapping[str, str]] = {"text": "string", "label": "string"}
+    model_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    metric: ClassVar[str] = "accuracy"
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and len(labels) < 2:
+            raise ValueError("must name at least two classes")
+        if labels is not None and len(set(labels)) < len(labels):
+            raise ValueError("must not name a class twice")
+        return labels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, once they are known."""
+        assert self.labels is not None, "labels are not resolved yet"
+        return self.labels
+
+    def model_config_fields(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.classes),
+            "id2label": dict(enumerate(self.classes)),
+            "label2id": {label: index for index, label in enumerate(self.classes)},
+            "problem_type": "single_label_classification",
+        }
+
+    def read(self, row: Mapping[str, Any], where: str) -> Example:
+        text, label = row["text"], row.get("label")
+        if not isinstance(text, str):
+            raise DataError(f"{where}: the text is {text!r}, which is not text")
+        if not text.strip():
+            raise DataError(f"{where}: the text is empty")
+        if "label" not in row:
+            return Example(where, text)
+        if label is None or label == "":
+            raise DataError(f"{where}: the label is empty")
+        if not isinstance(label, str | int | float):
+            raise DataError(f"{where}: the label is {label!r}, which is neither a word nor a number")
+        return Example(where, text, str(label).lower() if isinstance(label, bool) else str(label))
+
+    def resolve(self, seen: Mapping[str, Seen]) -> Self:
+        if len(seen) > MOST_LABELS:
+            raise DataError(
+                f"more than {MOST_LABELS:,} different labels, such as {next(iter(seen))!r}",
+                hint="Is this the label column? Map it with data.columns.label=NAME.",
+            )
+        task = self if self.labels else self.model_copy(update={"labels": _found(seen)})
+        task.check(seen)
+        present = {task.class_of(label) for label in seen}
+        if len(present) < 2:
+            only = next(iter(seen.values()))
+            raise DataError(
+                f"every row has the label {next(iter(seen))!r} (first {only.where}); a classifier needs two classes",
+                hint="Add rows of another class.",
+            )
+        if missing := [label for index, label in enumerate(task.classes) if index not in present]:
+            raise DataError(
+                f"task.labels names {', '.join(map(repr, missing))}, which no training row has",
+                hint=f"Found are {_listed(seen)}. Correct task.labels, or leave it out to find them.",
+            )
+        return task
+
+    def check(self, seen: Mapping[str, Seen]) -> None:
+        """Raise a DataError that lists the labels that are none of the task's, with file and line."""
+        unknown = [(label, at) for label, at in seen.items() if not self._known(label)]
+        if not unknown:
+            return
+        lines = [
+            f"{at.where}: unknown label {label!r}{nearest(label, self.classes)}, {at.count} row{'s' * (at.count > 1)}"
+            for label, at in unknown[:10]
+        ]
+        more = f"\n  and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise DataError(
+            "\n  ".join(lines) + more,
+            hint=f"task.labels names {', '.join(map(repr, self.classes))}. Correct the rows, list the labels there, "
+            "or use task.labels=null to find them.",
+        )
+
+    def _known(self, label: str) -> bool:
+        try:
+            self.class_of(label)
+        except KeyError:
+            return False
+        return True
+
+    def class_of(self, label: str) -> int:
+        """Exact names first; whole numbers from 0 are indices only where no name is a number."""
+        if label in self.classes:
+            return self.classes.index(label)
+        if any(_is_number(name) for name in self.classes):
+            raise KeyError(label)
+        if label.isascii() and label.isdigit() and str(int(label)) == label and int(label) < len(self.classes):
+            return int(label)
+        raise KeyError(label)
+
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example]) -> list[Encoded]:
+        texts = [example.text for example in examples]
+        ids = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        empty = [tokenizer.pad_token_id]
+        return [
+            Encoded(list(tokens) or empty, [IGNORED if example.label is None else self.class_of(example.label)])
+            for tokens, example in zip(ids, examples, strict=True)
+        ]
+
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(self.outputs(model, batch), batch.targets[:, 0], ignore_index=IGNORED, reduction="sum")
+
+    def outputs(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
+        logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        return logits.float()
+
+    def metrics(self, targets: "np.ndarray", outputs: "np.ndarray") -> dict[str, float]:
+        """Macro averages are over all labels; a ratio without cases is 0, as in scikit-learn."""
+        import numpy as np
+
+        confusion = self._confusion(targets, outputs)
+        precision, recall, f1, support = _by_class(confusion)
+        log_probability = _log_softmax(outputs)[np.arange(len(targets)), targets]
+        return {
+            "accuracy": float(np.trace(confusion) / len(targets)),
+            "f1_macro": float(f1.mean()),
+            "precision_macro": float(precision.mean()),
+            "recall_macro": float(recall.mean()),
+            "f1_weighted": float((f1 * support).sum() / support.sum()),
+            "log_loss": float(-log_probability.mean()),
+        }
+
+    def details(self, targets: "np.ndarray", outputs: "np.ndarray") -> dict[str, Any]:
+        confusion = self._confusion(targets, outputs)
+        columns = dict(zip(("precision", "recall", "f1", "support"), _by_class(confusion), strict=True))
+        classes = {
+            label: {name: column[index].item() for name, column in columns.items()}
+            for index, label in enumerate(self.classes)
+        }
+        return {"classes": classes, "confusion": confusion.tolist()}
+
+    def _confusion(self, targets: "np.ndarray", outputs: "np.ndarray") -> "np.ndarray":
+        """(C, C) counts: a row for each true class, a column for each predicted one."""
+        import numpy as np
+
+        size = len(self.classes)
+        return np.bincount(targets * size + outputs.argmax(1), minlength=size * size).reshape(size, size)
+
+    def baselines(
+        self, train: Iterable[Example], test: Iterable[Example], seed: int
+    ) -> "dict[str, np.ndarray]":
+        """Log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
+        import numpy as np
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        rows = list(itertools.islice(train, BASELINE_ROWS))
+        targets = np.array([self.class_of(row.label or "") for row in rows])
+        texts = [row.text for row in test]
+        # One count is added to each class, so that a class that none of these rows has keeps a finite log loss.
+        shares = (np.bincount(targets, minlength=len(self.classes)) + 1) / (len(rows) + len(self.classes))
+        words = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD)
+        tfidf = make_pipeline(words, LogisticRegression(C=4.0, max_iter=1000, random_state=seed))
+        tfidf.fit([row.text for row in rows], targets)
+        outputs = np.full((len(texts), len(self.classes)), np.log(1e-9))
+        outputs[:, tfidf[-1].classes_] = np.log(np.maximum(tfidf.predict_proba(texts), 1e-9))
+        return {"majority": np.tile(np.log(shares), (len(texts), 1)), "tfidf": outputs}
+
+    def prediction(self, example: Example, output: "np.ndarray") -> dict[str, Any]:
+        import numpy as np
+
+        scores = np.exp(_log_softmax(output[None])[0])
+        by_label = {label: float(score) for label, score in zip(self.classes, scores, strict=True)}
+        return {"text": example.text, "label": self.classes[int(output.argmax())], "scores": by_label}
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _found(seen: Mapping[str, Seen]) -> tuple[str, ...]:
+    """The labels of the rows: by value where all are numbers, else by alphabet."""
+    if all(_is_number(label) for label in seen):
+        return tuple(sorted(seen, key=lambda label: (float(label), label)))
+    return tuple(sorted(seen))
+
+
+def _listed(seen: Mapping[str, Seen], most: int = 10) -> str:
+    words = [repr(label) for label in itertools.islice(seen, most)]
+    return ", ".join(words) + (f" and {len(seen) - most} more" if len(seen) > most else "")
+
+
+def _by_class(confusion: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]":
+    """Precision, recall, F1 and support of each class, (C,) each."""
+    import numpy as np
+
+    hits, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    precision = hits / np.maximum(predicted, 1)
+    recall = hits / np.maximum(support, 1)
+    return precision, recall, 2 * hits / np.maximum(support + predicted, 1), support
+
+
+def _log_softmax(outputs: "np.ndarray") -> "np.ndarray":
+    import numpy as np
+
+    shifted = outputs.astype(np.float64) - outputs.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
