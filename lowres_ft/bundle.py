@@ -120,6 +120,7 @@ class Bundle:
         Raises:
             BundleError: Another base lies there.
             ModelError, AssetError: There is none.
+
         """
         spec = self.recipe.model
         if place is not None:
@@ -152,12 +153,16 @@ class Bundle:
 
         Raises:
             BundleError: The base is another one, or the tensors do not fit it.
+
         """
         if self.recipe.method.trains_base:
             found = Base(str(self.folder), self.folder, str(self.folder))
         else:
             found = self.base(base, progress)
-        changed: dict[str, Any] = {"quantize": quantize or self.passport.quantize, "dtype": dtype or self.passport.dtype}
+        changed: dict[str, Any] = {
+            "quantize": quantize or self.passport.quantize,
+            "dtype": dtype or self.passport.dtype,
+        }
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         plan = plans.make(wanted, machine)
         adapted = model.load(wanted, found, plan, model.load_tokenizer(self.folder))
@@ -177,10 +182,11 @@ class Bundle:
         return Probe(held["input_ids"], held["attention_mask"])
 
     def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
-        """Compare the probe rows' logits with those recorded. (Hashes were compared by `open_bundle`.)
+        """Compare the probe rows' logits with those recorded; `open_bundle` has compared the hashes.
 
         Raises:
             BundleError: They differ by more than they may.
+
         """
         probed = self.probe()
         if probed is None:
@@ -217,6 +223,7 @@ def open_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         BundleError: It is no bundle, or a file is missing or changed.
+
     """
     folder = Path(folder)
     if not (folder / PASSPORT).is_file():
@@ -227,7 +234,9 @@ def open_bundle(folder: str | Path) -> Bundle:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{folder / PASSPORT}: {where}: {first['msg']}", hint="It is damaged, or of a newer format.") from error
+        raise BundleError(
+            f"{folder / PASSPORT}: {where}: {first['msg']}", hint="It is damaged, or of a newer format."
+        ) from error
     for name, record in passport.files.items():
         path = folder / name
         if not path.is_file():
@@ -271,6 +280,7 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
 
     Raises:
         BundleError: The reloaded model's logits are not those of the trained one.
+
     """
     if probed is not None and expected is not None:
         adapted, _ = bundle.load(machine)
@@ -342,6 +352,7 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
 
     Raises:
         BundleError: The file cannot be read.
+
     """
     return {_own_name(name): tensor for name, tensor in _tensors(path).items()}
 

@@ -15,9 +15,9 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
         f"Trained with lowres-ft ({_method(bundle)}) on {_named_base(bundle)}; data: `{bundle.recipe.data.train}`.",
         "## Scores",
         _table(report),
-        "95 % bootstrap intervals. `report.json` holds the rest, `recipe.yaml` the experiment, `lowres.json` the hashes.",
+        "95 % bootstrap intervals. `report.json` holds the rest, `recipe.yaml` the experiment, `lowres.json` hashes.",
         "## Use",
-        f"With lowres-ft: `lowres-ft predict . \"a text\"`; `lowres-ft verify .` checks files and logits.",
+        'With lowres-ft: `lowres-ft predict . "a text"`; `lowres-ft verify .` checks files and logits.',
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
         f"```python\n{_lines(bundle, pad_token_id)}\n```",
     ]

@@ -40,7 +40,8 @@ class Rows:
 
     def keys(self) -> np.ndarray:
         """(N,) uint64 hashes of the texts."""
-        return np.asarray(self.table["key"].to_numpy())[self.index]
+        keys: np.ndarray = self.table["key"].to_numpy()[self.index]
+        return keys
 
     def labels(self) -> list[str]:
         """(N,) labels as they stand in the source."""
@@ -91,6 +92,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     Raises:
         DataError: A file or row is wrong, a label unknown, or there are too few rows; file and line are named.
         AssetError: A starter cannot be fetched.
+
     """
     spec = recipe.data
     rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress)
@@ -166,6 +168,7 @@ def by_role(row: Mapping[str, Any], where: str, roles: Mapping[str, str], column
 
     Raises:
         DataError: The row lacks a column.
+
     """
     values = {}
     for role in roles:
@@ -184,6 +187,7 @@ def key(example: Example) -> int:
 
     Raises:
         DataError: The text cannot be written as UTF-8.
+
     """
     try:
         raw = example.text.encode()
@@ -200,6 +204,7 @@ def split(rows: Rows, task: Task, shares: Mapping[str, float], seed: int) -> dic
 
     Raises:
         DataError: A class has fewer different texts than there are parts, or the shares leave nothing to train on.
+
     """
     if sum(shares.values()) >= 1:
         told = " + ".join(f"{share:g}" for share in shares.values())

@@ -38,6 +38,7 @@ def find(device: str = "auto") -> Machine:
 
     Raises:
         LowresError: The device that was asked for is not here.
+
     """
     processes, rank, local = _launched()
     if device == "auto":

@@ -109,7 +109,9 @@ class Baseline:
         return self.scores.to_json() | {"gain": self.gain.model_dump()}
 
 
-def baselines(task: Task, train: Rows, test: Rows, truth: np.ndarray, ours: np.ndarray, seed: int) -> dict[str, Baseline]:
+def baselines(
+    task: Task, train: Rows, test: Rows, truth: np.ndarray, ours: np.ndarray, seed: int
+) -> dict[str, Baseline]:
     """Train the task's baselines on the same rows and compare."""
     found = task.baselines(train.examples(task), test.examples(task), seed)
     return {

@@ -50,3 +50,7 @@ class Evaluated:
 
 Event = Stage | Note | Fetching | Trained | Evaluated
 Listener = Callable[[Event], None]
+
+
+def unheard(event: Event) -> None:
+    """A listener that shows nothing."""

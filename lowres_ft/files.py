@@ -26,6 +26,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises:
         OutputError: The disk or the folder does not allow it.
+
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,6 +73,7 @@ def publish(folder: Path, place: Path) -> None:
 
     Raises:
         OutputError: Something stands at `place`, or it cannot be written.
+
     """
     umask = os.umask(0)
     os.umask(umask)

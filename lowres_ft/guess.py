@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowres_ft import files, readers, recipe, yaml12
-from lowres_ft.errors import DataError, OutputError, RecipeError
+from lowres_ft.errors import DataError, OutputError
 from lowres_ft.tasks.base import Seen
 
 _ROWS = 20_000  # looked at, at the most
@@ -42,6 +42,7 @@ def new(name: str, start: str, source: str | None) -> dict[str, Any]:
         RecipeError: `name` cannot be a recipe's name.
         OutputError: The file exists.
         DataError: The source cannot be read, or no column can be the text or the label.
+
     """
     path = Path(f"{name}.yaml")
     if path.exists():
@@ -51,7 +52,9 @@ def new(name: str, start: str, source: str | None) -> dict[str, Any]:
     guessed: list[str] = []
     if source is not None:
         columns, labels, guessed = _guess(source)
-        raw["summary"] = f"Tell {', '.join(labels[:5])} apart." if len(labels) <= 5 else f"Tell {len(labels)} labels apart."
+        raw["summary"] = (
+            f"Tell {', '.join(labels[:5])} apart." if len(labels) <= 5 else f"Tell {len(labels)} labels apart."
+        )
         raw["task"] = {"kind": "classification", "labels": labels} | {
             key: value for key, value in raw["task"].items() if key == "max_length"
         }

@@ -47,9 +47,11 @@ class DropoutKeys:
 class AdaptedLinear(nn.Module):
     """Stands in for a linear layer (`nn.Linear`, GPT-2's `Conv1D`, bitsandbytes' `Linear8bitLt`)."""
 
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
+    weight: Tensor
     scale: Tensor | None
+    bias: Tensor | None
+    lora_A: nn.Parameter | None  # noqa: N815 (PEFT's names)
+    lora_B: nn.Parameter | None  # noqa: N815
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, scale: Tensor | None = None) -> None:
         """Take over a frozen weight (outputs, inputs), with `scale` (outputs,) fp32 where it holds int8 codes."""
@@ -89,7 +91,8 @@ class AdaptedLinear(nn.Module):
 
     def delta(self) -> Tensor:
         """The adapter's update of the weight, (outputs, inputs) in fp32."""
-        assert self.lora_A is not None and self.lora_B is not None
+        assert self.lora_A is not None
+        assert self.lora_B is not None
         return (self.lora_B.detach().double() @ self.lora_A.detach().double()).mul_(self.scaling).float()
 
 
@@ -175,7 +178,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x (N, inputs) times the frozen weight, plus the bias: a new (N, outputs)."""
+    """X (N, inputs) times the frozen weight, plus the bias: a new (N, outputs)."""
     if scale is None:
         return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     if x.dtype == torch.float16:
@@ -187,7 +190,7 @@ def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tenso
 
 
 def _frozen_product_backward(dy: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """dy (N, outputs) times the frozen weight: a new (N, inputs)."""
+    """Dy (N, outputs) times the frozen weight: a new (N, inputs)."""
     if scale is None:
         return dy @ weight
     if dy.dtype == torch.float16:

@@ -38,9 +38,7 @@ class Merged:
     """Largest difference of a logit to the model as it was measured, where that was quantized or in 16 bits."""
 
 
-def merge(
-    bundle: Bundle, out: Path, machine: Machine, *, base: str | None = None, rows: str | None = None
-) -> Merged:
+def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = None, rows: str | None = None) -> Merged:
     """Write a plain transformers folder in fp32 that computes what the adapter on its base does.
 
     It is compared with adapter + full-precision base on `rows` (a data source), else on the recipe's test rows, else on
@@ -50,6 +48,7 @@ def merge(
     Raises:
         BundleError: The merged model differs, or there is nothing to compare on.
         OutputError: `out` exists or cannot be written.
+
     """
     out = Path(out)
     if bundle.recipe.method.trains_base:
@@ -99,7 +98,9 @@ def _compared(bundle: Bundle, adapted: Adapted, work: Path, rows: str | None) ->
         return _labelled("the recipe's test rows", tokenize(adapted, test, work / "test"))
     probe = bundle.probe()
     if probe is None:
-        raise BundleError(f"nothing to compare on: no probe rows in {bundle.folder}, and {missing}", hint="Give --data.")
+        raise BundleError(
+            f"nothing to compare on: no probe rows in {bundle.folder}, and {missing}", hint="Give --data."
+        )
     return _Compared(f"the bundle's probe rows, as {missing}", lambda found, plan: probe.outputs(found).numpy())
 
 
@@ -114,7 +115,8 @@ def _plain(bundle: Bundle, folder: Path, plan: Plan) -> PreTrainedModel:
     """What was written, loaded as any other program would."""
     auto = getattr(transformers, bundle.recipe.task.model_class)
     loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
-    return loaded.to(plan.device).eval()  # type: ignore[arg-type]  # torch's own `to` takes a name
+    loaded.to(plan.device).eval()
+    return loaded
 
 
 def _proof(bundle: Bundle, out: Path, compared: _Compared, before: np.ndarray, after: np.ndarray) -> Merged:

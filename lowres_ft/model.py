@@ -59,6 +59,7 @@ def profile(base: Base, task: Task) -> Profile:
 
     Raises:
         ModelError: transformers has no model of that kind for the task.
+
     """
     config = _config(base, task)
     with torch.device("meta"), _quiet():
@@ -83,6 +84,7 @@ def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
 
     Raises:
         ModelError: A name matches no layer.
+
     """
     wanted = method.wanted()
     names = [linear.name for linear in linears]
@@ -146,7 +148,7 @@ class Adapted:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context in which the model is called: autocast where fp32 weights compute in 16 bits."""
@@ -170,6 +172,7 @@ class Adapted:
 
         Raises:
             ModelError: Names or shapes are not those of this model.
+
         """
         own = self.tensors()
         if wrong := sorted(own.keys() ^ tensors.keys()):
@@ -177,9 +180,7 @@ class Adapted:
             raise ModelError(f"{len(wrong)} tensors do not belong to this model, such as {wrong[0]} ({missing})")
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:
-                raise ModelError(
-                    f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-                )
+                raise ModelError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}")
             tensor.copy_(tensors[name])
 
 
@@ -191,6 +192,7 @@ def load(recipe: Recipe, base: Base, plan: "Plan", tokenizer: PreTrainedTokenize
 
     Raises:
         ModelError: The base cannot be loaded or adapted as asked.
+
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
     dtype = getattr(torch, plan.dtype)
@@ -241,10 +243,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: It cannot be loaded, or has no token to pad with.
+
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001 (missing files, missing packages, bad JSON: all are told)
+    except Exception as error:
         raise ModelError(f"{folder}: no tokenizer can be loaded: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -338,6 +341,7 @@ def _outermost(model: PreTrainedModel, missing: set[str], base: Base) -> tuple[s
 
     Raises:
         ModelError: Embeddings or layers are missing, so the files are not this model's.
+
     """
     found: dict[str, None] = {}
     prefix = model.base_model_prefix
@@ -403,7 +407,8 @@ def _adapt(model: PreTrainedModel, recipe: Recipe, heads: tuple[str, ...], keys:
 def _frozen(module: nn.Module) -> AdaptedLinear:
     """An AdaptedLinear without adapter that computes what `module` does."""
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
     if (quantized := quantize.codes(module)) is not None:
         return AdaptedLinear(quantized[0], bias, scale=quantized[1])
     layer = AdaptedLinear(weight.t().contiguous() if isinstance(module, Conv1D) else weight, bias)

@@ -20,8 +20,8 @@ from lowres_ft.bundle import Bundle, Probe
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.errors import OutputError
-from lowres_ft.events import Evaluated, Fetching, Listener, Note, Stage, Trained
 from lowres_ft.evaluate import Baseline, Scores
+from lowres_ft.events import Evaluated, Fetching, Listener, Note, Stage, Trained, unheard
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
@@ -29,7 +29,7 @@ from lowres_ft.train import Step, TrainState
 
 
 def run(
-    recipe: Recipe, out: str | Path | None = None, *, device_name: str = "auto", listen: Listener = lambda event: None
+    recipe: Recipe, out: str | Path | None = None, *, device_name: str = "auto", listen: Listener = unheard
 ) -> Bundle:
     """Train, evaluate and bundle a recipe; return the bundle, which stands at `out` (default `runs/<name>`).
 
@@ -37,6 +37,7 @@ def run(
 
     Raises:
         LowresError: Something that the user can mend; its kind says what.
+
     """
     for text in recipe.notes:
         listen(Note(text))
@@ -48,7 +49,7 @@ def run(
             listen(Note(text))
         resolved = recipe.model_copy(update={"task": rows.task})
         draft = _experiment(resolved, rows, machine, place, listen)
-        if machine.rank == 0:
+        if draft is not None:
             listen(Stage("loading what was written, and comparing"))
             bundle.seal(draft.bundle, machine, draft.probe, draft.expected)
             files.publish(place.draft, place.out)
@@ -71,11 +72,12 @@ class Rehearsal:
     plan: Plan
 
 
-def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = lambda event: None) -> Rehearsal:
+def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = unheard) -> Rehearsal:
     """Read the data and look at the base, but load and train nothing.
 
     Raises:
         LowresError: What `run` would raise before its first step.
+
     """
     machine = device.find(device_name)
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
@@ -149,6 +151,7 @@ def _claim(recipe: Recipe, out: str | Path | None) -> tuple[_Place, FileLock]:
 
     Raises:
         OutputError: `out` exists, another run is writing there, or it cannot be written.
+
     """
     first = Path(out) if out is not None else Path("runs") / recipe.name
     for number in itertools.count(1):
@@ -166,7 +169,9 @@ def _claim(recipe: Recipe, out: str | Path | None) -> tuple[_Place, FileLock]:
             except Timeout:
                 if out is None:
                     continue
-                raise OutputError(f"another run is writing to {folder}", hint="Wait, or choose another --out.") from None
+                raise OutputError(
+                    f"another run is writing to {folder}", hint="Wait, or choose another --out."
+                ) from None
             for leftover in folder.iterdir():  # of a run that was killed
                 if leftover.name != "lock":
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,12 +1,10 @@
 """int8 weights in bitsandbytes' format: row-wise absmax codes, quantized layer by layer as the file is read."""
 
-import importlib
-import logging
-import sys
 from typing import Any
 
 from torch import Tensor, nn
 
+from lowres_ft import libraries
 from lowres_ft.errors import ModelError
 
 
@@ -15,10 +13,16 @@ def loading_options(quantize: str, device: str, keep: tuple[str, ...]) -> dict[s
 
     Raises:
         ModelError: bitsandbytes is not installed.
+
     """
     if quantize == "none":
         return {}
-    _import_bitsandbytes()
+    try:
+        libraries.bitsandbytes()
+    except ImportError as error:
+        raise ModelError(
+            f"model.quantize={quantize} needs bitsandbytes, which is not installed", hint="pip install bitsandbytes"
+        ) from error
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep))
@@ -36,25 +40,3 @@ def codes(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     weight = module.weight.data
     assert isinstance(weight, Tensor)
     return weight, absmax.float() / 127
-
-
-def _import_bitsandbytes() -> None:
-    """Import it without what it does by the way: a fetch of native code from the Hub, where `kernels` is installed."""
-    if "bitsandbytes" in sys.modules:
-        return
-    kernels = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ModelError(
-            "model.quantize=int8 needs bitsandbytes, which is not installed", hint="pip install bitsandbytes"
-        ) from error
-    finally:
-        logger.setLevel(level)
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels

@@ -27,6 +27,7 @@ def rows(source: str, progress: assets.Progress | None = None) -> Iterator[Row]:
     Raises:
         DataError: There is no such file, or it cannot be read; the message names file and line.
         AssetError: A starter cannot be fetched.
+
     """
     if source.startswith("starter:"):
         yield from _starter(source.removeprefix("starter:"), progress)
@@ -72,6 +73,7 @@ def lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
 
     Raises:
         DataError: A line is not UTF-8.
+
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -111,7 +113,7 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
         except csv.Error as error:
             raise DataError(
                 f"{name}:{start}: {error}",
-                hint="A quote that opens a field must close it; a quote inside is written twice. Lines end in LF or CRLF.",
+                hint="A field that opens with a quote ends with one; a quote inside is doubled. Lines end in LF or CRLF.",
             ) from error
         if not values:
             continue
@@ -202,7 +204,7 @@ def _hub(source: str) -> Iterator[Row]:
     parts = parse_hub(source)
     try:
         found = datasets.load_dataset(**parts)
-    except Exception as error:  # noqa: BLE001 (the Hub's client raises a dozen unrelated kinds)
+    except Exception as error:
         raise DataError(
             f"{source}: cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             hint="Check the name, the network and HF_HUB_OFFLINE; hub:ID@revision/config:split is the whole form.",

@@ -40,7 +40,7 @@ class DataSpec(Spec):
     """A share of train, or a source of its own; null for none."""
     test: Share | str | None = 0.1
     """A share of train, or a source of its own; null for none."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Which column plays a role, where its name differs: `{text: review, label: stars}`."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N rows of train after the seeded shuffle."""
@@ -111,7 +111,7 @@ def shipped() -> dict[str, Path]:
     """The recipes that come with lowres-ft, by name: in the package when installed, beside it in a checkout."""
     package = Path(__file__).parent
     folder = next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -119,6 +119,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises:
         RecipeError: The recipe is not found or not valid; the message lists every problem by its path.
+
     """
     return parse(raw(name_or_path), overrides, where=str(_find(name_or_path)))
 
@@ -148,9 +149,9 @@ def parse(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "r
         conflict = parts["method"].conflict(parts["model"].quantize)
         if conflict:
             found["method.kind"] = conflict
-    if "task" in parts and "data" in parts:
+    if "task" in parts and isinstance(columns := dict(raw.get("data") or {}).get("columns"), dict):
         roles = parts["task"].columns
-        for role in set(parts["data"].columns) - set(roles):
+        for role in set(columns) - set(roles):
             found[f"data.columns.{role}"] = f"is no role; the roles are {', '.join(roles)}{nearest(role, roles)}"
     if not found:
         try:
@@ -215,9 +216,7 @@ def _set(raw: dict[str, Any], path: list[str], value: object) -> None:
         if below is None:
             below = place[part] = {}
         if not isinstance(below, dict):
-            raise RecipeError(
-                f"{'.'.join(path)}: {'.'.join(path[:depth])} has no keys, found {below!r}", hint=_HINT
-            )
+            raise RecipeError(f"{'.'.join(path)}: {'.'.join(path[:depth])} has no keys, found {below!r}", hint=_HINT)
         place = below
     place[last] = value
 

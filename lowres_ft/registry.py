@@ -21,6 +21,7 @@ def load(folder: Folder, name: object) -> type[Spec]:
 
     Raises:
         RecipeError: No file of that name lies in the folder.
+
     """
     known = names(folder)
     if not isinstance(name, str) or name not in known:

@@ -73,7 +73,7 @@ def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:
         if name in context:
             return f"must be {words} {context[name]:g}"
     if kind == "literal_error":
-        return f"must be {str(context['expected'])}"
+        return f"must be {context['expected']!s}"
     if kind == "missing":
         return "is missing"
     return message.removeprefix("Value error, ")

@@ -139,6 +139,7 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
 
     Raises:
         TrainingError: The loss or the gradient is not finite; the message names step, rate and rows.
+
     """
     spec = state.spec
     for positions in islice(steps(tokens, spec.batch_size, spec.seed), state.step, None):
@@ -213,7 +214,9 @@ def _fits(state: TrainState, gradients: list[Tensor]) -> bool:
             state.loss_scale, state.steps_at_scale = state.loss_scale * 2, 0
         return True
     if state.loss_scale < 2.0**-10:
-        raise TrainingError(f"step {state.step + 1}: the gradient overflows fp16 at any loss scale", hint=_NOT_FINITE_HINT)
+        raise TrainingError(
+            f"step {state.step + 1}: the gradient overflows fp16 at any loss scale", hint=_NOT_FINITE_HINT
+        )
     state.loss_scale, state.steps_at_scale = state.loss_scale / 2, 0
     return False
 

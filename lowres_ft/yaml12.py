@@ -23,7 +23,7 @@ _SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way; none is inherited)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would otherwise read as something else than text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way; none is inherited)
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
@@ -63,6 +63,7 @@ def loads(text: str, *, where: str) -> Any:
 
     Raises:
         RecipeError: It is not YAML, or a key stands twice; the message names `where` and the line.
+
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -88,7 +89,7 @@ def scalar(text: str) -> Any:
     for name, (pattern, _) in _SCALARS.items():
         if re.fullmatch(pattern, plain):
             node = yaml.ScalarNode(f"tag:yaml.org,2002:{name}", plain)
-            return _Loader("").construct_object(node)  # type: ignore[no-untyped-call]
+            return _Loader("").construct_object(node)
     return text
 
 

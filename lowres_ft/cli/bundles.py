@@ -20,7 +20,9 @@ Dtype = Annotated[
 
 def evaluate(
     bundle: BundleFolder,
-    data: Annotated[str | None, typer.Option("--data", help="Rows to score.  [default: the recipe's test rows]")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to score.  [default: the recipe's test rows]")
+    ] = None,
     dtype: Dtype = None,
     base: Base = None,
     device: Device = "auto",
@@ -45,10 +47,12 @@ def evaluate(
 def predict(
     bundle: BundleFolder,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; - reads lines from standard input.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="[TEXT]...", help="Texts; - reads lines from standard input.", show_default=False),
     ] = None,
     file: Annotated[
-        str | None, typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or one text a line; - is standard input.")
+        str | None,
+        typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or one text a line; - is standard input."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the screen.")] = None,
     dtype: Dtype = None,
@@ -108,7 +112,9 @@ def _writing(out: Path | None) -> Iterator[TextIO]:
 def merge(
     bundle: BundleFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged model.", show_default=False)],
-    data: Annotated[str | None, typer.Option("--data", help="Rows to compare on.  [default: the recipe's test rows]")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to compare on.  [default: the recipe's test rows]")
+    ] = None,
     base: Base = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -126,7 +132,8 @@ def merge(
     if as_json:
         print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
         return
-    print(f"compared on {found.rows:,} rows ({found.source}): largest difference of a logit {found.largest_difference:.1e}, no label differs")
+    print(f"compared on {found.rows:,} rows ({found.source}):")
+    print(f"largest difference of a logit {found.largest_difference:.1e}, no label differs")
     if found.from_measured is not None:
         print(f"to the model as it was measured: largest difference of a logit {found.from_measured:.1e}")
     print(f"merged model {found.folder}, fp32, for any program that reads transformers models")
@@ -167,7 +174,11 @@ def base(
     source = f"starter:{name}" if name in assets.STARTERS else name
     with _fetching(quiet) as progress:
         found = bases.resolve(ModelSpec(base=source), progress)
-    print(json.dumps({"folder": str(found.folder), "name": found.name, "revision": found.revision}) if as_json else found.folder)
+    print(
+        json.dumps({"folder": str(found.folder), "name": found.name, "revision": found.revision})
+        if as_json
+        else found.folder
+    )
 
 
 @contextmanager

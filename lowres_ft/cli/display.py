@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lowres_ft.events import Evaluated, Event, Fetching, Listener, Note, Stage, Trained
+from lowres_ft.events import Evaluated, Event, Fetching, Listener, Note, Stage, Trained, unheard
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 _SMOOTH = 0.9  # of the loss that is shown
@@ -41,7 +41,9 @@ class Display:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -71,7 +73,8 @@ class Display:
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.shown >= _LINE_EVERY or done == total):
             self.shown = now
-            self.console.print(f"{what}: {done} of {total}  {figures}{left}", soft_wrap=True)
+            counted = "" if left == "" else f"step {done} of {total}  "
+            self.console.print(f"{what}: {counted}{figures}{left}", soft_wrap=True)
 
     def _end(self) -> None:
         if self.task is not None:
@@ -83,7 +86,7 @@ class Display:
 def listening(quiet: bool) -> Iterator[Listener]:
     """A display, or a listener that shows nothing."""
     if quiet:
-        yield lambda event: None
+        yield unheard
     else:
         with Display() as display:
             yield display

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -18,10 +19,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (recipes.recipe, recipes.list_, recipes.show, recipes.new):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(recipes.recipe, recipes.list_, recipes.show, recipes.new),
+    *(bundles.evaluate, bundles.predict, bundles.merge, bundles.verify, bundles.base),
+)
+for _command in _COMMANDS:
     app.command(_command.__name__.rstrip("_"))(_command)
-for _command in (bundles.evaluate, bundles.predict, bundles.merge, bundles.verify, bundles.base):
-    app.command(_command.__name__)(_command)
 
 
 def _version(wanted: bool) -> None:

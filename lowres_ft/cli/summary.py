@@ -16,14 +16,13 @@ def run(folder: Path, report: dict[str, Any]) -> str:
     lines = [_scores(split, scores) for split, scores in report["scores"].items()]
     for name, scores in report["baselines"].items():
         gain = scores["gain"]
-        told = f"  {_NAMES.get(name, name):<28} {_value(scores, _first(scores))}, ours is better by {_interval(gain)}"
-        lines.append(told + ("" if gain["low"] > 0 else " (which may be chance)"))
+        lines.append(f"  {_NAMES.get(name, name):<28} {_value(scores, _first(scores))}; ours is {_compared(gain)}")
     measured, share = report["measured"], report["trainable_parameters"]
     lines += [
         f"trained {share:,} parameters in {measured['train_seconds']:.1f} s, "
         f"{measured['tokens_per_second']:,.0f} tokens/s; peak memory {measured['peak_bytes'] / 1e9:.2f} GB",
         f"bundle {folder}: {report['adapter_bytes'] / 1e6:.1f} MB of weights, best step {measured['best_step']}",
-        f"try it: lowres-ft predict {folder} \"your text\"",
+        f'try it: lowres-ft predict {folder} "your text"',
     ]
     return "\n".join(lines)
 
@@ -63,6 +62,15 @@ def _scores(split: str, scores: dict[str, Any]) -> str:
     first, *others = [name for name in scores if isinstance(scores[name], dict) and "low" in scores[name]]
     second = f"   {_value(scores, others[0])}" if others else ""
     return f"{split} ({scores[first]['count']:,} rows): {_value(scores, first)}{second}"
+
+
+def _compared(gain: dict[str, Any]) -> str:
+    """In words: better and worse are only said where the interval is on one side of zero."""
+    if gain["low"] > 0:
+        return f"better by {_interval(gain)}"
+    if gain["high"] < 0:
+        return f"WORSE by {-gain['value']:.3f} [{-gain['high']:.3f}, {-gain['low']:.3f}]"
+    return f"not clearly different: {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
 def _first(scores: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowres_ft import libraries
 from lowres_ft.methods.base import Method
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+_NONE = "dummy-target-modules"  # PEFT's own name for no layer at all
 
 
 class Head(Method):
@@ -14,7 +17,5 @@ class Head(Method):
     kind: Literal["head"] = "head"
 
     def peft_config(self, **border: Any) -> "PeftConfig":
-        from peft import LoraConfig
-        from peft.utils.constants import DUMMY_TARGET_MODULES
-
-        return LoraConfig(inference_mode=True, **(border | {"target_modules": DUMMY_TARGET_MODULES}))
+        config: PeftConfig = libraries.peft().LoraConfig(inference_mode=True, **(border | {"target_modules": _NONE}))
+        return config

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from lowres_ft import libraries
 from lowres_ft.methods.base import LowRank, Method
 
 if TYPE_CHECKING:
@@ -39,13 +40,12 @@ class Lora(Method):
         return LowRank(self.rank, self.scaling, self.dropout)
 
     def peft_config(self, **border: Any) -> "PeftConfig":
-        from peft import LoraConfig
-
-        return LoraConfig(
+        config: PeftConfig = libraries.peft().LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number
+            lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,
             use_rslora=self.rslora,
             lora_dropout=self.dropout,
             inference_mode=True,
             **border,
         )
+        return config

@@ -82,6 +82,7 @@ class Task(Spec):
 
         Raises:
             DataError: The row cannot be one; the message names `where`.
+
         """
         raise NotImplementedError
 
@@ -90,6 +91,7 @@ class Task(Spec):
 
         Raises:
             DataError: The labels are not what the recipe says, or no task can be made of them.
+
         """
         raise NotImplementedError
 
@@ -98,6 +100,7 @@ class Task(Spec):
 
         Raises:
             DataError: Some are unknown; the message lists them with file and line.
+
         """
         raise NotImplementedError
 
@@ -106,6 +109,7 @@ class Task(Spec):
 
         Raises:
             KeyError: The label is none of the task's.
+
         """
         raise NotImplementedError
 
@@ -129,9 +133,7 @@ class Task(Spec):
         """What a report shows beside the metrics, such as a confusion matrix."""
         raise NotImplementedError
 
-    def baselines(
-        self, train: Iterable[Example], test: Iterable[Example], seed: int
-    ) -> "dict[str, np.ndarray]":
+    def baselines(self, train: Iterable[Example], test: Iterable[Example], seed: int) -> "dict[str, np.ndarray]":
         """Outputs on `test` of simple models made from `train`, by name."""
         raise NotImplementedError
 

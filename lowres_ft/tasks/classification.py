@@ -186,9 +186,7 @@ class Classification(Task):
         size = len(self.classes)
         return np.bincount(targets * size + outputs.argmax(1), minlength=size * size).reshape(size, size)
 
-    def baselines(
-        self, train: Iterable[Example], test: Iterable[Example], seed: int
-    ) -> "dict[str, np.ndarray]":
+    def baselines(self, train: Iterable[Example], test: Iterable[Example], seed: int) -> "dict[str, np.ndarray]":
         """Log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
         import numpy as np
         from sklearn.feature_extraction.text import TfidfVectorizer

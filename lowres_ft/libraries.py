@@ -1,0 +1,49 @@
+"""Libraries that do something by the way when they are imported, imported without it.
+
+Where the package `kernels` is installed, bitsandbytes fetches native code from the Hub as it is imported, and PEFT
+imports bitsandbytes. No network call may happen unasked.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+
+def peft() -> ModuleType:
+    """The module peft."""
+    with _without_kernels():
+        return importlib.import_module("peft")
+
+
+def bitsandbytes() -> ModuleType:
+    """The module bitsandbytes.
+
+    Raises:
+        ImportError: It is not installed.
+
+    """
+    with _without_kernels():
+        return importlib.import_module("bitsandbytes")
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Make `import kernels` fail, and keep bitsandbytes' complaint about that to itself."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    kernels = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # what makes an import fail
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
