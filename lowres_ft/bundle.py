@@ -1,16 +1,10 @@
 """Bundles: an adapter that any PEFT client reads, and a passport that knows its base, its labels and its scores."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
@@ -18,20 +12,19 @@ from lowres_ft import bases, model, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
-from lowres_ft.batches import Tokens, collate
+from lowres_ft.border import peft_config, peft_tensors, read_adapter, read_tensors
 from lowres_ft.device import Dtype, Machine
 from lowres_ft.errors import BundleError, LowresError, ModelError
 from lowres_ft.files import cached_sha256, sha256, write_bytes, write_json
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
+from lowres_ft.probes import Probe
 from lowres_ft.recipe import Recipe
 from lowres_ft.spec import Spec
-from lowres_ft.tasks.base import IGNORED, Batch
 
 PASSPORT = "lowres.json"
 ADAPTER = "adapter_model.safetensors"
 PROBE = "probe.safetensors"
-_PEFT_PREFIX = "base_model.model."
 _TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
 _RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
 
@@ -75,35 +68,6 @@ class Passport(Spec):
     machine: str
     files: dict[str, FileRecord] = Field(default={})
     """Every other file of the bundle."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Token ids of a few rows, (R, T), and their attention mask."""
-
-    ids: Tensor
-    mask: Tensor
-
-    def outputs(self, adapted: Adapted) -> Tensor:
-        """(R, ...) fp32 outputs of a model, on the processor."""
-        rows = torch.arange(len(self.ids))
-        parts = (self.ids, self.mask, torch.full((len(rows), 1), IGNORED), rows)
-        batch = Batch(*(part.to(adapted.device) for part in parts))
-        was_training = adapted.model.training
-        adapted.model.eval()
-        with torch.inference_mode(), adapted.computing():
-            found = adapted.task.outputs(adapted.model, batch).float().cpu().clone()
-        adapted.model.train(was_training)
-        return found
-
-
-def make_probe(tokens: Tokens, rows: int, adapted: Adapted) -> Probe | None:
-    """The first rows of a split as a probe; None for no rows."""
-    count = min(rows, len(tokens))
-    if not count:
-        return None
-    batch = collate(tokens, np.arange(count), adapted)
-    return Probe(batch.ids.cpu(), batch.mask.cpu())
 
 
 @dataclass(frozen=True)
@@ -178,7 +142,7 @@ class Bundle:
         path = self.folder / PROBE
         if not path.is_file():
             return None
-        held = _tensors(path)
+        held = read_tensors(path)
         return Probe(held["input_ids"], held["attention_mask"])
 
     def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
@@ -195,7 +159,7 @@ class Bundle:
             return Verified(len(self.passport.files), 0, None, exact=False)
         adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
         found = probed.outputs(adapted)
-        gap = float((found - _tensors(self.folder / PROBE)["logits"]).abs().max())
+        gap = float((found - read_tensors(self.folder / PROBE)["logits"]).abs().max())
         ours = self.passport
         same = (ours.machine, ours.versions, ours.plan.threads) == (machine.name, versions(), plan.threads)
         if not gap <= (0.0 if same else _TOLERANCE):
@@ -339,52 +303,4 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
-
-
-def peft_tensors(adapted: Adapted) -> dict[str, Tensor]:
-    """The tensors of a bundle under PEFT's names, contiguous and on the processor."""
-    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in adapted.tensors().items()}
-
-
-def read_adapter(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file under their names in the model.
-
-    Raises:
-        BundleError: The file cannot be read.
-
-    """
-    return {_own_name(name): tensor for name, tensor in _tensors(path).items()}
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return tensors_from(path.read_bytes())
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def _peft_name(name: str) -> str:
-    return _PEFT_PREFIX + (f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
-
-
-def _own_name(name: str) -> str:
-    name = name.removeprefix(_PEFT_PREFIX)
-    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
-
-
-def peft_config(adapted: Adapted) -> dict[str, Any]:
-    """The content of adapter_config.json."""
-    layers = [adapted.model.get_submodule(name) for name in adapted.adapted]
-    config = adapted.method.peft_config(
-        base_model_name_or_path=adapted.base.name,
-        revision=adapted.base.revision,
-        task_type=adapted.task.peft_type,
-        target_modules=model.shortest_names(adapted),
-        modules_to_save=list(adapted.heads),
-        fan_in_fan_out=any(getattr(layer, "transposed", False) for layer in layers),
-    )
-    content: Mapping[str, Any] = config.to_dict()
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
-    found: dict[str, Any] = json.loads(json.dumps(plain))
     return found

@@ -5,9 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from transformers import PreTrainedModel
 
 from lowres_ft import data, evaluate, model
 from lowres_ft.batches import Tokens, tokenize
@@ -63,7 +60,9 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
         model.merge(adapted)
         model.save_plain(adapted, folder)
         model.load_tokenizer(bundle.folder).save_pretrained(folder)
-        adapted = replace(adapted, model=_plain(bundle, folder, plan), adapted=(), heads=())
+        adapted = replace(
+            adapted, model=model.load_plain(bundle.recipe.task, folder, plan.device), adapted=(), heads=()
+        )
         merged = _proof(bundle, out, compared, before, compared.outputs(adapted, plan))
         del adapted
         if (bundle.passport.quantize, bundle.passport.dtype) != ("none", "float32"):
@@ -109,14 +108,6 @@ def _labelled(source: str, tokens: Tokens) -> _Compared:
         return evaluate.outputs(found, tokens, plan)
 
     return _Compared(source, outputs, evaluate.targets(tokens))
-
-
-def _plain(bundle: Bundle, folder: Path, plan: Plan) -> PreTrainedModel:
-    """What was written, loaded as any other program would."""
-    auto = getattr(transformers, bundle.recipe.task.model_class)
-    loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
-    loaded.to(plan.device).eval()
-    return loaded
 
 
 def _proof(bundle: Bundle, out: Path, compared: _Compared, before: np.ndarray, after: np.ndarray) -> Merged:

@@ -1,134 +1,26 @@
-"""The model of an experiment: looked at on the meta device, loaded, and adapted."""
+"""The model of an experiment: loaded, adapted, and merged back into a plain one."""
 
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
-from lowres_ft import quantize
+from lowres_ft import profiles, quantize
 from lowres_ft.bases import Base
-from lowres_ft.errors import ModelError, nearest
+from lowres_ft.errors import ModelError
 from lowres_ft.linear import AdaptedLinear, DropoutKeys
 from lowres_ft.methods.base import Method
+from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe
 from lowres_ft.tasks.base import Task
 
-if TYPE_CHECKING:
-    from lowres_ft.plan import Plan
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer of the base."""
-
-    name: str
-    inputs: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What is known of a model without reading a weight."""
-
-    linears: tuple[Linear, ...]
-    """Linear layers of the base, heads not among them."""
-    heads: tuple[str, ...]
-    """Outermost modules of the task's head."""
-    head_parameters: int
-    parameters: int
-    layers: int
-    hidden: int
-    attention_heads: int
-    vocabulary: int
-
-
-def profile(base: Base, task: Task) -> Profile:
-    """Look at a base with the task's head, on the meta device.
-
-    Raises:
-        ModelError: transformers has no model of that kind for the task.
-
-    """
-    config = _config(base, task)
-    with torch.device("meta"), _quiet():
-        model = _auto(task).from_config(config)
-    heads = _heads(model)
-    linears = tuple(Linear(name, *_widths(module)) for name, module in _linears(model, heads))
-    text = config.get_text_config()
-    return Profile(
-        linears=linears,
-        heads=heads,
-        head_parameters=sum(p.numel() for head in heads for p in model.get_submodule(head).parameters()),
-        parameters=sum(p.numel() for p in model.parameters()),
-        layers=int(getattr(text, "num_hidden_layers", 0)),
-        hidden=int(getattr(text, "hidden_size", 0)),
-        attention_heads=int(getattr(text, "num_attention_heads", 0)),
-        vocabulary=int(getattr(text, "vocab_size", 0)),
-    )
-
-
-def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
-    """Names of the linear layers that a method adapts.
-
-    Raises:
-        ModelError: A name matches no layer.
-
-    """
-    wanted = method.wanted()
-    names = [linear.name for linear in linears]
-    if wanted == "all-linear":
-        chosen = names
-    elif wanted == "attention":
-        chosen = [name for name in names if any(_ATTENTION.search(part) for part in name.split("."))]
-    else:
-        ends = {name.rpartition(".")[2] for name in names}
-        for target in wanted:
-            if not any(_matches(name, target) for name in names):
-                known = ", ".join(sorted(ends))
-                raise ModelError(
-                    f"method.targets: no linear layer is called '{target}'{nearest(target, ends)}",
-                    hint=f"This base has {known}.",
-                )
-        chosen = [name for name in names if any(_matches(name, target) for target in wanted)]
-    if wanted and not chosen:
-        raise ModelError(f"method.targets: this base has no linear layer for '{wanted}'")
-    return tuple(chosen)
-
-
-def trainable(method: Method, profile: Profile) -> int:
-    """How many parameters a method trains."""
-    if method.trains_base:
-        return profile.parameters
-    chosen, adapter = set(targets(method, profile.linears)), method.low_rank()
-    rank = 0 if adapter is None else adapter.rank
-    layers = (linear for linear in profile.linears if linear.name in chosen)
-    return profile.head_parameters + sum(rank * (linear.inputs + linear.outputs) for linear in layers)
-
-
-def shortest_names(adapted: "Adapted") -> list[str]:
-    """Last parts of the adapted layers' names where these single them out by PEFT's rule, else whole names."""
-    linears = [name for name, m in adapted.model.named_modules() if isinstance(m, nn.Linear | Conv1D | AdaptedLinear)]
-    ends = {name.rpartition(".")[2] for name in adapted.adapted}
-    if {name for name in linears if any(_matches(name, end) for end in ends)} == set(adapted.adapted):
-        return sorted(ends)
-    return sorted(adapted.adapted)
-
-
-def _matches(name: str, target: str) -> bool:
-    """PEFT's rule: the whole name, or its last parts."""
-    return name == target or name.endswith(f".{target}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +76,7 @@ class Adapted:
             tensor.copy_(tensors[name])
 
 
-def load(recipe: Recipe, base: Base, plan: "Plan", tokenizer: PreTrainedTokenizerBase | None = None) -> Adapted:
+def load(recipe: Recipe, base: Base, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> Adapted:
     """Load a base with the head of the recipe's task, whose labels are known, and add what the method trains.
 
     Frozen weights are held in the plan's dtype or quantized; adapters and heads in fp32. New weights follow
@@ -230,12 +122,20 @@ def merge(adapted: Adapted) -> None:
 
 def save_plain(adapted: Adapted, folder: Path) -> None:
     """Write a model without adapters as a transformers folder, its config as the base had it plus the task's fields."""
-    config = _config(adapted.base, adapted.task)
+    config = profiles.config(adapted.base, adapted.task)
     for field in ("pad_token_id", "architectures", "dtype"):
         setattr(config, field, getattr(adapted.model.config, field))
     adapted.model.config = config
-    with _quiet():
+    with profiles.quiet():
         adapted.model.save_pretrained(folder)
+
+
+def load_plain(task: Task, folder: Path, device: str) -> PreTrainedModel:
+    """Load what `save_plain` wrote in fp32, as any other program would."""
+    with profiles.quiet():
+        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(folder, dtype=torch.float32)
+    loaded.to(device).eval()
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -257,41 +157,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _config(base: Base, task: Task) -> Any:
-    try:
-        return AutoConfig.from_pretrained(base.folder, **task.model_config_fields())
-    except (ValueError, OSError, KeyError) as error:
-        kind = base.config().get("model_type")
-        raise ModelError(
-            f"{base.source}: transformers {transformers.__version__} cannot read its config (model_type {kind!r})",
-            hint="A newer transformers may know it; code that comes with a model is never run.",
-        ) from error
-
-
-def _auto(task: Task) -> Any:
-    return getattr(transformers, task.model_class)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load report off the terminal: what they say is checked here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _load_model(
-    recipe: Recipe, base: Base, plan: "Plan", tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, base: Base, plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model and the names of its heads: the task's, and every module that the files did not fill."""
     task = recipe.task
-    config = _config(base, task)
+    config = profiles.config(base, task)
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if recipe.model.dropout:
@@ -299,7 +170,7 @@ def _load_model(
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(config, field, recipe.model.dropout)
     dtype = torch.float32 if recipe.method.trains_base else getattr(torch, plan.dtype)
-    heads = profile(base, task).heads
+    heads = profiles.profile(base, task).heads
     model, new = _from_files(recipe, base, plan, config, heads, dtype)
     if set(new) - set(heads) and recipe.model.quantize != "none":
         # A module that the files do not fill must not be quantized, and only loading tells which those are.
@@ -312,14 +183,14 @@ def _load_model(
 
 
 def _from_files(
-    recipe: Recipe, base: Base, plan: "Plan", config: Any, keep: tuple[str, ...], dtype: torch.dtype
+    recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load the weights; return the model and the outermost modules that were newly made."""
     options = quantize.loading_options(recipe.model.quantize, plan.device, keep)
     torch.manual_seed(recipe.train.seed)
     try:
-        with _quiet():
-            model, report = _auto(recipe.task).from_pretrained(
+        with profiles.quiet():
+            model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
                 dtype=dtype,
@@ -359,12 +230,6 @@ def _outermost(model: PreTrainedModel, missing: set[str], base: Base) -> tuple[s
     return tuple(found)
 
 
-def _heads(model: PreTrainedModel) -> tuple[str, ...]:
-    """Outermost modules outside the base that hold parameters."""
-    prefix = model.base_model_prefix
-    return tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
-
-
 def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
     """PEFT restores every module whose name ends in a head's name: no other module may."""
     for name, _ in model.named_modules():
@@ -373,25 +238,11 @@ def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
                 raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
 
 
-def _linears(model: PreTrainedModel, heads: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads):
-            yield name, module
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
-
-
 def _adapt(model: PreTrainedModel, recipe: Recipe, heads: tuple[str, ...], keys: DropoutKeys) -> tuple[str, ...]:
     """Replace the layers that are adapted or quantized; return the names of those adapted."""
-    modules = dict(_linears(model, heads))
-    linears = tuple(Linear(name, *_widths(module)) for name, module in modules.items())
-    chosen = targets(recipe.method, linears)
+    modules = dict(profiles.linear_layers(model, heads))
+    linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
+    chosen = profiles.targets(recipe.method, linears)
     adapter = recipe.method.low_rank()
     for linear in linears:
         module = modules[linear.name]

@@ -13,16 +13,32 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lowres_ft import assets, bases, batches, bundle, card, data, device, evaluate, files, model, report, train
+from lowres_ft import (
+    assets,
+    bases,
+    batches,
+    bundle,
+    card,
+    data,
+    device,
+    evaluate,
+    files,
+    model,
+    probes,
+    profiles,
+    report,
+    train,
+)
 from lowres_ft import plan as plans
 from lowres_ft.batches import Tokens
-from lowres_ft.bundle import Bundle, Probe
+from lowres_ft.bundle import Bundle
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.errors import OutputError
 from lowres_ft.evaluate import Baseline, Scores
 from lowres_ft.events import Evaluated, Fetching, Listener, Note, Stage, Trained, unheard
 from lowres_ft.plan import Plan
+from lowres_ft.probes import Probe
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
 from lowres_ft.train import Step, TrainState
@@ -83,13 +99,13 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
         rows = data.load(recipe, Path(folder), _progress(listen))
         sizes = {name: len(split) for name, split in rows.splits().items()}
-        profile = model.profile(bases.resolve(recipe.model, _progress(listen)), rows.task)
-    chosen = model.targets(recipe.method, profile.linears)
+        profile = profiles.profile(bases.resolve(recipe.model, _progress(listen)), rows.task)
+    chosen = profiles.targets(recipe.method, profile.linears)
     return Rehearsal(
         rows=sizes,
         labels=tuple(getattr(rows.task, "labels", None) or ()),
         adapted=len(chosen),
-        trainable_parameters=model.trainable(recipe.method, profile),
+        trainable_parameters=profiles.trainable(recipe.method, profile),
         parameters=profile.parameters,
         steps=train.total_steps(recipe.train, sizes["train"]),
         plan=plans.make(recipe, machine),
@@ -216,7 +232,7 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: _Place, l
     files.write_json(draft.folder / "report.json", found)
     pad = adapted.model.config.pad_token_id if base.config().get("pad_token_id") is None else None
     files.write_bytes(draft.folder / "README.md", card.render(draft, found, pad_token_id=pad).encode())
-    probe = bundle.make_probe(tokens.get("validation", tokens["train"]), resolved.data.probe_rows, adapted)
+    probe = probes.make_probe(tokens.get("validation", tokens["train"]), resolved.data.probe_rows, adapted)
     return _Draft(draft, probe, None if probe is None else probe.outputs(adapted))
 
 

@@ -113,7 +113,7 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
         except csv.Error as error:
             raise DataError(
                 f"{name}:{start}: {error}",
-                hint="A field that opens with a quote ends with one; a quote inside is doubled. Lines end in LF or CRLF.",
+                hint="A field that opens with a quote ends with one; a quote inside is doubled; lines end in LF",
             ) from error
         if not values:
             continue

@@ -1,0 +1,80 @@
+"""The border to PEFT: its config, its names and its file, so that any PEFT client reads what we write."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowres_ft import profiles
+from lowres_ft.errors import BundleError
+from lowres_ft.linear import AdaptedLinear
+from lowres_ft.model import Adapted
+
+_PREFIX = "base_model.model."
+
+
+def peft_tensors(adapted: Adapted) -> dict[str, Tensor]:
+    """The tensors of a bundle under PEFT's names, contiguous and on the processor."""
+    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in adapted.tensors().items()}
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file under their names in the model.
+
+    Raises:
+        BundleError: The file cannot be read.
+
+    """
+    return {_own_name(name): tensor for name, tensor in read_tensors(path).items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        BundleError: The file cannot be read.
+    """
+    try:
+        return tensors_from(path.read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _peft_name(name: str) -> str:
+    return _PREFIX + (f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
+
+
+def _own_name(name: str) -> str:
+    name = name.removeprefix(_PREFIX)
+    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+
+
+def peft_config(adapted: Adapted) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    layers = [adapted.model.get_submodule(name) for name in adapted.adapted]
+    config = adapted.method.peft_config(
+        base_model_name_or_path=adapted.base.name,
+        revision=adapted.base.revision,
+        task_type=adapted.task.peft_type,
+        target_modules=_shortest_names(adapted),
+        modules_to_save=list(adapted.heads),
+        fan_in_fan_out=any(getattr(layer, "transposed", False) for layer in layers),
+    )
+    content: Mapping[str, Any] = config.to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found
+
+
+def _shortest_names(adapted: Adapted) -> list[str]:
+    """Last parts of the adapted layers' names where these single them out by PEFT's rule, else whole names."""
+    linears = [name for name, m in adapted.model.named_modules() if isinstance(m, nn.Linear | Conv1D | AdaptedLinear)]
+    ends = {name.rpartition(".")[2] for name in adapted.adapted}
+    if {name for name in linears if any(profiles.matches(name, end) for end in ends)} == set(adapted.adapted):
+        return sorted(ends)
+    return sorted(adapted.adapted)

@@ -1,0 +1,170 @@
+"""What is known of a base before a weight is read: its layers, its heads, and what a method would adapt."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from lowres_ft.bases import Base
+from lowres_ft.errors import ModelError, nearest
+from lowres_ft.methods.base import Method
+from lowres_ft.tasks.base import Task
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the base."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a model without reading a weight."""
+
+    linears: tuple[Linear, ...]
+    """Linear layers of the base, heads not among them."""
+    heads: tuple[str, ...]
+    """Outermost modules of the task's head."""
+    head_parameters: int
+    parameters: int
+    layers: int
+    hidden: int
+    attention_heads: int
+    vocabulary: int
+
+
+def profile(base: Base, task: Task) -> Profile:
+    """Look at a base with the task's head, on the meta device.
+
+    Raises:
+        ModelError: transformers has no model of that kind for the task.
+
+    """
+    settings = config(base, task)
+    with torch.device("meta"), quiet():
+        model = auto_class(task).from_config(settings)
+    heads = head_names(model)
+    linears = tuple(Linear(name, *widths(module)) for name, module in linear_layers(model, heads))
+    text = settings.get_text_config()
+    return Profile(
+        linears=linears,
+        heads=heads,
+        head_parameters=sum(p.numel() for head in heads for p in model.get_submodule(head).parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=int(getattr(text, "num_hidden_layers", 0)),
+        hidden=int(getattr(text, "hidden_size", 0)),
+        attention_heads=int(getattr(text, "num_attention_heads", 0)),
+        vocabulary=int(getattr(text, "vocab_size", 0)),
+    )
+
+
+def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
+    """Names of the linear layers that a method adapts.
+
+    Raises:
+        ModelError: A name matches no layer.
+
+    """
+    wanted = method.wanted()
+    names = [linear.name for linear in linears]
+    if wanted == "all-linear":
+        chosen = names
+    elif wanted == "attention":
+        chosen = [name for name in names if any(_ATTENTION.search(part) for part in name.split("."))]
+    else:
+        ends = {name.rpartition(".")[2] for name in names}
+        for target in wanted:
+            if not any(matches(name, target) for name in names):
+                known = ", ".join(sorted(ends))
+                raise ModelError(
+                    f"method.targets: no linear layer is called '{target}'{nearest(target, ends)}",
+                    hint=f"This base has {known}.",
+                )
+        chosen = [name for name in names if any(matches(name, target) for target in wanted)]
+    if wanted and not chosen:
+        raise ModelError(f"method.targets: this base has no linear layer for '{wanted}'")
+    return tuple(chosen)
+
+
+def trainable(method: Method, profile: Profile) -> int:
+    """How many parameters a method trains."""
+    if method.trains_base:
+        return profile.parameters
+    chosen, adapter = set(targets(method, profile.linears)), method.low_rank()
+    rank = 0 if adapter is None else adapter.rank
+    layers = (linear for linear in profile.linears if linear.name in chosen)
+    return profile.head_parameters + sum(rank * (linear.inputs + linear.outputs) for linear in layers)
+
+
+def matches(name: str, target: str) -> bool:
+    """PEFT's rule: the whole name, or its last parts."""
+    return name == target or name.endswith(f".{target}")
+
+
+def config(base: Base, task: Task) -> Any:
+    """The config of a base with the task's fields in it.
+
+    Raises:
+        ModelError: transformers does not know that kind of model.
+    """
+    try:
+        return AutoConfig.from_pretrained(base.folder, **task.model_config_fields())
+    except (ValueError, OSError, KeyError) as error:
+        kind = base.config().get("model_type")
+        raise ModelError(
+            f"{base.source}: transformers {transformers.__version__} cannot read its config (model_type {kind!r})",
+            hint="A newer transformers may know it; code that comes with a model is never run.",
+        ) from error
+
+
+def auto_class(task: Task) -> Any:
+    """The class of transformers that makes the task's model."""
+    return getattr(transformers, task.model_class)
+
+
+def head_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Outermost modules outside the base that hold parameters."""
+    prefix = model.base_model_prefix
+    return tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
+
+
+def linear_layers(model: PreTrainedModel, heads: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of a model outside its heads, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads):
+            yield name, module
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load report off the terminal: what they say is checked here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
