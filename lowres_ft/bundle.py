@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
-from lowres_ft import bases, model, recipe
+from lowres_ft import bases, model, profiles, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
@@ -128,8 +128,9 @@ class Bundle:
             "dtype": dtype or self.passport.dtype,
         }
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
-        plan = plans.make(wanted, machine)
-        adapted = model.load(wanted, found, plan, model.load_tokenizer(self.folder))
+        profile = profiles.profile(found, wanted.task)
+        plan = plans.make(wanted, profile, machine)
+        adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder))
         if not self.recipe.method.trains_base:
             try:
                 adapted.restore(read_adapter(self.folder / ADAPTER))

@@ -17,6 +17,7 @@ from lowres_ft.errors import ModelError
 from lowres_ft.linear import AdaptedLinear, DropoutKeys
 from lowres_ft.methods.base import Method
 from lowres_ft.plan import Plan
+from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.tasks.base import Task
 
@@ -76,7 +77,9 @@ class Adapted:
             tensor.copy_(tensors[name])
 
 
-def load(recipe: Recipe, base: Base, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> Adapted:
+def load(
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Adapted:
     """Load a base with the head of the recipe's task, whose labels are known, and add what the method trains.
 
     Frozen weights are held in the plan's dtype or quantized; adapters and heads in fp32. New weights follow
@@ -88,7 +91,7 @@ def load(recipe: Recipe, base: Base, plan: Plan, tokenizer: PreTrainedTokenizerB
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
     dtype = getattr(torch, plan.dtype)
-    model, heads = _load_model(recipe, base, plan, tokenizer)
+    model, heads = _load_model(recipe, base, profile.heads, plan, tokenizer)
     _require_distinct(model, heads)
     keys = DropoutKeys(recipe.train.seed)
     model.requires_grad_(recipe.method.trains_base)
@@ -158,7 +161,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_model(
-    recipe: Recipe, base: Base, plan: Plan, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, base: Base, heads: tuple[str, ...], plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model and the names of its heads: the task's, and every module that the files did not fill."""
     task = recipe.task
@@ -170,7 +173,6 @@ def _load_model(
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(config, field, recipe.model.dropout)
     dtype = torch.float32 if recipe.method.trains_base else getattr(torch, plan.dtype)
-    heads = profiles.profile(base, task).heads
     model, new = _from_files(recipe, base, plan, config, heads, dtype)
     if set(new) - set(heads) and recipe.model.quantize != "none":
         # A module that the files do not fill must not be quantized, and only loading tells which those are.
@@ -260,10 +262,12 @@ def _frozen(module: nn.Module) -> AdaptedLinear:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
+    transposed = issubclass(getattr(module, "source_cls", type(module)), Conv1D)  # bitsandbytes' layers name theirs
     if (quantized := quantize.codes(module)) is not None:
-        return AdaptedLinear(quantized[0], bias, scale=quantized[1])
-    layer = AdaptedLinear(weight.t().contiguous() if isinstance(module, Conv1D) else weight, bias)
-    layer.transposed = isinstance(module, Conv1D)
+        layer = AdaptedLinear(quantized[0], bias, scale=quantized[1])
+    else:
+        layer = AdaptedLinear(weight.t().contiguous() if transposed else weight, bias)
+    layer.transposed = transposed
     return layer
 
 

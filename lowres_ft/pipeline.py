@@ -108,7 +108,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         trainable_parameters=profiles.trainable(recipe.method, profile),
         parameters=profile.parameters,
         steps=train.total_steps(recipe.train, sizes["train"]),
-        plan=plans.make(recipe, machine),
+        plan=plans.make(recipe, profile, machine),
     )
 
 
@@ -210,10 +210,12 @@ class _Draft:
 def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: _Place, listen: Listener) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
     base = bases.resolve(resolved.model, _progress(listen))
-    plan = plans.make(resolved, machine)
+    profile = profiles.profile(base, resolved.task)
+    profiles.targets(resolved.method, profile.linears)  # a wrong name is told before any weight is read
+    plan = plans.make(resolved, profile, machine)
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
-    adapted = model.load(resolved, base, plan)
+    adapted = model.load(resolved, base, profile, plan)
     listen(Stage("tokenizing"))
     tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
     state = train.start(resolved, adapted, tokens["train"], plan)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from lowres_ft.device import Dtype, Machine
+from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.spec import Spec
 
@@ -33,7 +34,7 @@ class Plan(Spec):
     """True where dropout inside the base ties the result to this very cut."""
 
 
-def make(recipe: Recipe, machine: Machine, *, supports_sdpa: bool = True) -> Plan:
+def make(recipe: Recipe, profile: Profile, machine: Machine) -> Plan:
     """Decide how a machine runs a recipe."""
     tokens = _TOKENS[machine.kind]
     short = machine.kind == "cpu" and recipe.task.max_length <= _EAGER_UP_TO
@@ -44,7 +45,7 @@ def make(recipe: Recipe, machine: Machine, *, supports_sdpa: bool = True) -> Pla
         processes=machine.processes,
         micro_batch_tokens=tokens,
         evaluation_tokens=2 * tokens,
-        attention="eager" if short or not supports_sdpa else "sdpa",
+        attention="eager" if short or not profile.fused_attention else "sdpa",
         fused_optimizer=machine.kind != "mps",
         pinned_cut=recipe.model.dropout > 0,
     )

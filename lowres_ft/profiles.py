@@ -44,6 +44,8 @@ class Profile:
     hidden: int
     attention_heads: int
     vocabulary: int
+    fused_attention: bool
+    """True where transformers' model can use PyTorch's fused attention."""
 
 
 def profile(base: Base, task: Task) -> Profile:
@@ -68,6 +70,7 @@ def profile(base: Base, task: Task) -> Profile:
         hidden=int(getattr(text, "hidden_size", 0)),
         attention_heads=int(getattr(text, "num_attention_heads", 0)),
         vocabulary=int(getattr(text, "vocab_size", 0)),
+        fused_attention=bool(model._supports_sdpa),  # noqa: SLF001 (there is no public name for it)
     )
 
 
@@ -119,6 +122,7 @@ def config(base: Base, task: Task) -> Any:
 
     Raises:
         ModelError: transformers does not know that kind of model.
+
     """
     try:
         return AutoConfig.from_pretrained(base.folder, **task.model_config_fields())

@@ -1,0 +1,97 @@
+"""Tiny bases with random weights, built where a test needs them: real architectures, a vocabulary of a few words."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+WORDS = "a the film plot was is very not good bad fine dull great awful warm cold long short and but".split()
+GOOD = ("good", "fine", "great", "warm")
+BAD = ("bad", "dull", "awful", "cold")
+
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+_DECODER: dict[str, Any] = _ENCODER | {"num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "bert": _ENCODER,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
+    "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+    "deberta-v2": _ENCODER
+    | {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+    },
+    "electra": _ENCODER | {"embedding_size": 16},
+    "albert": _ENCODER | {"embedding_size": 16},
+    "modernbert": _ENCODER | {"global_attn_every_n_layers": 2, "local_attention": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "llama": _DECODER,
+    "qwen3": _DECODER,
+    "gemma": _DECODER,
+    "gemma3_text": _DECODER,
+}
+DECODERS = ("gpt2", "llama", "qwen3", "gemma", "gemma3_text")
+
+
+def tokenizer(*, decoder: bool = False) -> PreTrainedTokenizerFast:
+    """One token a word. An encoder's adds [CLS] and [SEP] and pads; a decoder's has an end-of-text token alone."""
+    special = ["<unk>", "<eos>"] if decoder else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    unknown = special[0] if decoder else "[UNK]"
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if decoder:
+        return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    pairs = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=pairs
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def base(folder: Path, architecture: str = "bert", *, seed: int = 0, **changes: Any) -> Path:
+    """Write a base of an architecture, as from a hub: an encoder or decoder without a task's head."""
+    words = tokenizer(decoder=architecture in DECODERS)
+    fields = ARCHITECTURES[architecture] | {"vocab_size": len(words)} | changes
+    fields["pad_token_id"] = words.pad_token_id
+    if architecture in DECODERS:
+        fields |= {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id}
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(AutoConfig.for_model(architecture, **fields))
+    with torch.no_grad():  # spread out, so that a text's words move its logits
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def reviews(path: Path, rows: int = 60) -> Path:
+    """Write a CSV of sentences whose label follows from one word in them, of unequal lengths."""
+    lines = ["text,label"]
+    for number in range(rows):
+        word = (GOOD if number % 2 else BAD)[number // 2 % 4]
+        filler = " ".join(WORDS[(number * 7 + at) % len(WORDS)] for at in range(number % 9) if WORDS[at] not in GOOD + BAD)
+        plain = " ".join(w for w in filler.split() if w not in GOOD + BAD)
+        lines.append(f"the film {plain} number{number} was {word},{'good' if number % 2 else 'bad'}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
