@@ -130,7 +130,7 @@ class _Keep:
         bits = row.reshape(-1, 1).to(torch.int32) ^ feature.to(torch.int32)
         for factor, shift in ((0x7FEB352D, 15), (0x2C1B3C6D, 13)):
             bits.mul_(factor).bitwise_xor_(bits >> shift)
-        return bits >= int(-(2**31) + self.probability * 2**32)
+        return bits >= int(self.probability * 2**31)  # torch's shift is arithmetic, which leaves the sign bit 0
 
 
 class _Adapted(torch.autograd.Function):

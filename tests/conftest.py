@@ -2,14 +2,23 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from lowres_ft import bases as base_module
+from lowres_ft import batches, data, device, model, profiles, train
+from lowres_ft import plan as plans
+from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
+from lowres_ft.device import Machine
+from lowres_ft.model import Adapted
 from lowres_ft.pipeline import run
+from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe, parse
+from lowres_ft.train import TrainState
 from tests import tiny
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -56,6 +65,34 @@ def recipe(base: Path, data: Path, *overrides: str) -> Recipe:
         "train": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
     }
     return parse(raw, overrides)
+
+
+@dataclass
+class Prepared:
+    """A recipe that is ready to train."""
+
+    recipe: Recipe
+    adapted: Adapted
+    tokens: dict[str, Tokens]
+    plan: Plan
+    machine: Machine
+
+    def start(self) -> TrainState:
+        return train.start(self.recipe, self.adapted, self.tokens["train"], self.plan)
+
+
+def prepare(recipe: Recipe, work: Path, **plan_changes: object) -> Prepared:
+    """Do what a run does before its first step."""
+    work.mkdir(exist_ok=True)
+    machine = device.find("cpu")
+    rows = data.load(recipe, work)
+    resolved = recipe.model_copy(update={"task": rows.task})
+    base = base_module.resolve(recipe.model)
+    profile = profiles.profile(base, rows.task)
+    plan = plans.make(resolved, profile, machine).model_copy(update=plan_changes)
+    adapted = model.load(resolved, base, profile, plan)
+    tokens = {name: batches.tokenize(adapted, split, work / name) for name, split in rows.splits().items()}
+    return Prepared(resolved, adapted, tokens, plan, machine)
 
 
 @pytest.fixture
