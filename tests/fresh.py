@@ -1,0 +1,46 @@
+"""Run in a fresh process: load bundles twice, with lowres-ft and with the very lines of their model card, and print logits.
+
+Arguments: a JSON list of bundle folders, a JSON list of texts, and 'float32' or 'trained'.
+"""
+
+import json
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+
+def main() -> None:
+    folders, texts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    import torch
+
+    from lowres_ft import device
+    from lowres_ft.batches import in_memory
+    from lowres_ft.bundle import open_bundle
+    from lowres_ft.evaluate import outputs
+    from lowres_ft.tasks.base import Example
+
+    torch.set_num_threads(1)
+    found = {}
+    for folder in folders:
+        bundle = open_bundle(folder)
+        adapted, plan = bundle.load(device.find("cpu"))
+        encoded = adapted.task.encode(adapted.tokenizer, [Example("", text) for text in texts])
+        ours = outputs(adapted, in_memory(encoded), plan)
+        os.chdir(folder)
+        (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+        names: dict = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a name in transformers
+            exec(code, names)
+        inputs = names["tokenizer"](texts, padding=True, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        with torch.inference_mode():
+            theirs = names["model"](**inputs).logits
+        labels = names["model"].config.id2label
+        found[folder] = {"ours": ours.tolist(), "theirs": theirs.tolist(), "labels": labels}
+    print(json.dumps(found))
+
+
+main()
