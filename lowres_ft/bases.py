@@ -13,6 +13,8 @@ from lowres_ft.files import cached_sha256
 from lowres_ft.recipe import ModelSpec
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_NOT_FROM_HUB = ["*/*", "consolidated*"]  # other forms of the same weights
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ class Base:
 
     def identity(self) -> dict[str, str]:
         """Hashes of the config and of the weights (for shards: of the sorted list of names and hashes)."""
-        shards = sorted(self.folder.glob("*.safetensors"))
-        hashes = [(shard.name, cached_sha256(shard)) for shard in shards]
+        hashes = [(name, cached_sha256(self.folder / name)) for name in weight_files(self.folder)]
         listed = "".join(f"{digest}  {name}\n" for name, digest in hashes)
         weights = hashes[0][1] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
         return {"config_sha256": cached_sha256(self.folder / "config.json"), "weights_sha256": weights}
@@ -51,7 +52,6 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
     Raises:
         AssetError: It cannot be fetched.
         ModelError: What is there is no model with safetensors weights.
-
     """
     base = spec.base
     if base.startswith("starter:"):
@@ -64,6 +64,25 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
         found = _hub(base, spec.revision)
     _require_model(found)
     return found
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a model's weights, sorted; none where it has no safetensors.
+
+    Raises:
+        ModelError: The index of its shards is broken, names a file that is missing, or leaves the folder.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is no index of weights: {error}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+            raise ModelError(f"{index} names {shard!r}, which is not a file of that folder")
+    return shards
 
 
 def _starter(base: str, progress: assets.Progress | None) -> Base:
@@ -81,16 +100,20 @@ def _hub(base: str, revision: str | None) -> Base:
 
     starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.file is None]
     try:
-        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(
+            snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB)
+        )
     except HFValidationError as error:
-        raise ModelError(f"model.base: '{base}' is neither a folder nor a Hub id{nearest(base, starters)}") from error
+        known = f"Starters are {', '.join(starters)}; a Hub id is OWNER/NAME."
+        told = f"model.base: '{base}' is neither a folder nor a Hub id{nearest(base, starters)}"
+        raise ModelError(told, hint=known) from error
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise AssetError(
             f"model.base: '{base}' cannot be had from the Hub{offline}: {str(error).strip().splitlines()[0]}",
             hint=f"Without a network, use a folder or a starter: {', '.join(starters)}.",
         ) from error
-    return Base(base, folder, base, revision or folder.name)
+    return Base(base, folder, base, folder.name)  # the folder is called like the commit
 
 
 def _require_model(base: Base) -> None:
@@ -98,7 +121,7 @@ def _require_model(base: Base) -> None:
         raise ModelError(f"{base.folder} holds no config.json, so it is no transformers model")
     if (base.folder / "adapter_config.json").is_file():
         raise ModelError(f"{base.folder} holds an adapter, not a whole model", hint="Merge it first: lowres-ft merge.")
-    if not any(base.folder.glob("*.safetensors")):
+    if not weight_files(base.folder):
         others = sorted(path.name for ending in ("*.bin", "*.pt") for path in base.folder.glob(ending))
         held = f", only {', '.join(others)}" if others else ""
         raise ModelError(

@@ -28,7 +28,6 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
 
     Raises:
         BundleError: The file cannot be read.
-
     """
     return {_own_name(name): tensor for name, tensor in read_tensors(path).items()}
 

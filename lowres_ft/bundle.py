@@ -84,7 +84,6 @@ class Bundle:
         Raises:
             BundleError: Another base lies there.
             ModelError, AssetError: There is none.
-
         """
         spec = self.recipe.model
         if place is not None:
@@ -117,7 +116,6 @@ class Bundle:
 
         Raises:
             BundleError: The base is another one, or the tensors do not fit it.
-
         """
         if self.recipe.method.trains_base:
             found = Base(str(self.folder), self.folder, str(self.folder))
@@ -151,7 +149,6 @@ class Bundle:
 
         Raises:
             BundleError: They differ by more than they may.
-
         """
         probed = self.probe()
         if probed is None:
@@ -188,7 +185,6 @@ def open_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         BundleError: It is no bundle, or a file is missing or changed.
-
     """
     folder = Path(folder)
     if not (folder / PASSPORT).is_file():
@@ -245,7 +241,6 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
 
     Raises:
         BundleError: The reloaded model's logits are not those of the trained one.
-
     """
     if probed is not None and expected is not None:
         adapted, _ = bundle.load(machine)

@@ -5,8 +5,9 @@ its text; everything after works on that file, memory-mapped, so a source may be
 """
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from lowres_ft import assets, readers
 from lowres_ft.errors import DataError, nearest
+from lowres_ft.files import writing
 from lowres_ft.recipe import DataSpec, Recipe
 from lowres_ft.tasks.base import Example, Seen, Task
 
@@ -44,15 +46,22 @@ class Rows:
         return keys
 
     def labels(self) -> list[str]:
-        """(N,) labels as they stand in the source."""
-        return list(self.table["label"].take(pa.array(self.index)).to_pylist())
+        """(N,) labels as they stand in the source; equal ones are one object."""
+        encoded = self.table["label"].dictionary_encode().combine_chunks()
+        names: list[str] = encoded.dictionary.to_pylist()
+        return [names[code] for code in encoded.indices.to_numpy()[self.index]]
 
     def examples(self, task: Task) -> Iterator[Example]:
-        """The rows as examples of a task."""
-        for start in range(0, len(self.index), _BATCH):
-            part = self.table.take(pa.array(self.index[start : start + _BATCH]))
-            for row in part.to_pylist():
-                yield task.read(row, row["where"])
+        """The rows as examples of a task.
+
+        They are picked one by one: `Table.take` would copy whole columns, and fails on more than 2 GiB of text.
+        """
+        columns = {name: self.table[name].chunks for name in self.table.column_names if name != "key"}
+        starts = np.cumsum([0, *(len(chunk) for chunk in columns["where"])])
+        chunk_of = np.searchsorted(starts, self.index, side="right") - 1
+        for chunk, place in zip(chunk_of.tolist(), (self.index - starts[chunk_of]).tolist(), strict=True):
+            row = {name: chunks[chunk][place].as_py() for name, chunks in columns.items()}
+            yield task.read(row, row["where"])
 
     def fingerprint(self) -> str:
         """A hash of the texts and labels in their order."""
@@ -92,7 +101,6 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     Raises:
         DataError: A file or row is wrong, a label unknown, or there are too few rows; file and line are named.
         AssetError: A starter cannot be fetched.
-
     """
     spec = recipe.data
     rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress)
@@ -109,7 +117,9 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     held |= {name: rows.take(taken[name]) for name in shares}
     train = rows.take(taken["train"][: spec.limit])
     if len({task.class_of(label) for label in set(train.labels())}) < 2:
-        raise DataError(f"data.limit={spec.limit} leaves rows of one class only", hint="Raise it.")
+        raise DataError(
+            f"data.limit={spec.limit} leaves rows of one class only", hint="Raise it, or leave it out for all rows."
+        )
     data = Data(task, train, held.get("validation"), held.get("test"))
     return replace(data, notes=tuple(_overlaps(data, spec)))
 
@@ -133,10 +143,11 @@ def store(
     seen: dict[str, Seen] = {}
     wrong: list[DataError] = []
     pending: list[dict[str, Any]] = []
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with writing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for where, row in readers.rows(source, progress):
+            values = by_role(row, where, roles, columns)
             try:
-                example = task.read(by_role(row, where, roles, columns), where)
+                example = task.read(values, where)
                 pending.append({"where": where, "key": key(example), "text": example.text, "label": example.label})
             except DataError as error:
                 wrong.append(error)
@@ -167,8 +178,7 @@ def by_role(row: Mapping[str, Any], where: str, roles: Mapping[str, str], column
     """Name the values of a row by the roles that their columns play.
 
     Raises:
-        DataError: The row lacks a column.
-
+        DataError: The row lacks a column, or a value cannot be written as UTF-8.
     """
     values = {}
     for role in roles:
@@ -179,21 +189,22 @@ def by_role(row: Mapping[str, Any], where: str, roles: Mapping[str, str], column
                 hint=f"Say which column holds the {role}: data.columns.{role}=NAME.",
             )
         values[role] = row[name]
+        if isinstance(row[name], str) and not _whole(row[name]):
+            raise DataError(f"{where}: the {role} holds half a character (a lone surrogate)", hint="Mend or remove it.")
     return values
 
 
-def key(example: Example) -> int:
-    """64-bit hash of the text. Equal texts have equal keys.
-
-    Raises:
-        DataError: The text cannot be written as UTF-8.
-
-    """
+def _whole(text: str) -> bool:
     try:
-        raw = example.text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{example.where}: the text holds half a character ({error.reason})") from error
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def key(example: Example) -> int:
+    """64-bit hash of the text. Equal texts have equal keys."""
+    return int.from_bytes(hashlib.blake2b(example.text.encode(), digest_size=8).digest(), "little")
 
 
 def split(rows: Rows, task: Task, shares: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
@@ -204,38 +215,57 @@ def split(rows: Rows, task: Task, shares: Mapping[str, float], seed: int) -> dic
 
     Raises:
         DataError: A class has fewer different texts than there are parts, or the shares leave nothing to train on.
-
     """
     if sum(shares.values()) >= 1:
         told = " + ".join(f"{share:g}" for share in shares.values())
-        raise DataError(f"data.validation and data.test take {told} of train", hint="Leave some for training.")
-    keys = rows.keys()
-    _, first, group, size = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-    index_of = {label: task.class_of(label) for label in set(rows.labels())}
-    classes = np.array([index_of[label] for label in rows.labels()])[first]
+        held = " and ".join(f"data.{name}" for name in shares)
+        raise DataError(f"{held} take {told} of the rows of data.train", hint="Leave some for training.")
+    _, first, group, size = np.unique(rows.keys(), return_index=True, return_inverse=True, return_counts=True)
+    labels = rows.labels()
+    class_of = {label: task.class_of(label) for label in set(labels)}
+    classes = np.array([class_of[label] for label in labels])
+    texts_of = {index: np.flatnonzero(classes[first] == index) for index in sorted(set(class_of.values()))}
+    names = {index: label for label, index in sorted(class_of.items(), reverse=True)}
+    _check_enough({names[index]: len(texts) for index, texts in texts_of.items()}, shares)
     random = np.random.default_rng([seed, 1])
     part_of = np.zeros(len(first), dtype=np.int64)
-    for label, index in sorted(index_of.items(), key=lambda item: item[1]):
-        members = random.permutation(np.flatnonzero(classes == index))
-        if len(members) < len(shares) + 1:
-            raise DataError(_too_few(label, len(members), shares))
-        start = 0
-        for part, share in enumerate(shares.values(), start=1):
-            wanted = max(1, round(share * size[classes == index].sum()))
-            reached = np.searchsorted(np.cumsum(size[members[start:]]), wanted) + 1
-            left = len(shares) - part + 1  # texts that later parts and train need
-            stop = min(start + reached, len(members) - left)
-            part_of[members[start:stop]] = part
-            start = stop
-    order = random.permutation(len(keys))
+    for texts in texts_of.values():
+        shuffled = random.permutation(texts)
+        part_of[shuffled] = _deal(size[shuffled], list(shares.values()))
+    order = random.permutation(len(group))
     named = enumerate(("train", *shares))
     return {name: order[part_of[group][order] == part] for part, name in named}
 
 
-def _too_few(label: str, found: int, shares: Mapping[str, float]) -> str:
-    parts = ", ".join(("train", *shares))
+def _deal(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """The part of each text of a class, given how many rows it has: 0 for train, else 1 + the place of its share.
+
+    A text with more rows than a part is to have is passed over, unless there is nothing else to take.
+    """
+    part_of = np.zeros(len(sizes), dtype=np.int64)
+    for part, share in enumerate(shares, start=1):
+        wanted = max(1, round(share * sizes.sum()))
+        free = np.flatnonzero(part_of == 0)
+        free = free[np.argsort(sizes[free] > wanted, kind="stable")]
+        reached = int(np.searchsorted(np.cumsum(sizes[free]), wanted)) + 1
+        needed_later = len(shares) - part + 1  # a text for each later part and for train
+        part_of[free[: min(reached, len(free) - needed_later)]] = part
+    return part_of
+
+
+def _check_enough(texts: Mapping[str, int], shares: Mapping[str, float]) -> None:
+    """Raise a DataError where a class has too few different texts to stand in every part."""
     least = len(shares) + 1
-    return (
-        f"the class {label!r} has {found} different text{'s' * (found != 1)}, and at least {least} are needed to stand "
-        f"in {parts}; {math.ceil(1 / min(shares.values(), default=1))} or more keep the shares"
+    few = {label: count for label, count in texts.items() if count < least}
+    if not few:
+        return
+    told = [f"{label!r} has {count}" for label, count in itertools.islice(few.items(), _PROBLEMS)]
+    if len(few) > _PROBLEMS:
+        told.append(f"{len(few) - _PROBLEMS} more classes have too few")
+    parts = ", ".join(("train", *shares))
+    raise DataError(
+        f"too few different texts: {', '.join(told)}; a class needs at least {least}, to stand in {parts}",
+        hint=f"{math.ceil(1 / min(shares.values()))} or more of each keep the shares. Add rows, or hold out less: "
+        + " or ".join(f"data.{name}=null" for name in shares)
+        + ("." if len(few) < len(texts) else ". Is this the label column? It is mapped with data.columns.label=NAME."),
     )

@@ -1,5 +1,6 @@
 """What this machine is: its device, the dtypes that are fast on it, its processes and its peak memory."""
 
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,6 @@ def find(device: str = "auto") -> Machine:
 
     Raises:
         LowresError: The device that was asked for is not here.
-
     """
     processes, rank, local = _launched()
     if device == "auto":
@@ -61,8 +61,6 @@ def find(device: str = "auto") -> Machine:
 
 def _launched() -> tuple[int, int, int]:
     """Number of processes, rank and local rank, as accelerate's launcher set them up."""
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 1, 0, 0
     from accelerate import PartialState
@@ -89,6 +87,11 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     total = reduce(flat, reduction="sum")
     for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def is_first() -> bool:
+    """True in the process that writes and prints; asked without a look at the machine."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def wait_for_all(machine: Machine) -> None:

@@ -1,15 +1,19 @@
 """Writing and naming files: atomically, with the umask's permissions, and by their hashes."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lowres_ft.errors import OutputError
+
+_SETTLED = 2.0  # seconds; the coarsest clock of a common file system
 
 
 def cache_dir() -> Path:
@@ -26,7 +30,6 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises:
         OutputError: The disk or the folder does not allow it.
-
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -54,6 +57,9 @@ def sync(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+                raise
         finally:
             os.close(handle)
 
@@ -73,14 +79,16 @@ def publish(folder: Path, place: Path) -> None:
 
     Raises:
         OutputError: Something stands at `place`, or it cannot be written.
-
     """
     umask = os.umask(0)
     os.umask(umask)
     with writing(place):
         for path in [folder, *folder.rglob("*")]:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-            sync_file(path)
+            if path.is_dir():
+                sync(path)
+            else:
+                sync_file(path)
         if place.exists():
             raise OutputError(f"{place} exists by now", hint="Choose another place with --out.")
         os.rename(folder, place)
@@ -89,9 +97,8 @@ def publish(folder: Path, place: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make the content of a file that a library wrote durable."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -113,13 +120,18 @@ def sha256(path: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """Like `sha256`, but remembered in the cache by path, size and time of change."""
+    """Like `sha256`, but remembered in the cache by path, size and time of change.
+
+    A file that changed just now is not remembered: it could change again without its time telling.
+    """
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     memory = cache_dir() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
     if memory.is_file() and len(known := memory.read_text()) == 64:
         return known
     digest = sha256(path)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(memory, digest.encode())
+    if time.time() - stat.st_mtime > _SETTLED:
+        with suppress(OSError, OutputError):  # a cache that cannot be written only costs time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(memory, digest.encode())
     return digest

@@ -10,8 +10,8 @@ from lowres_ft import files, readers, recipe, yaml12
 from lowres_ft.errors import DataError, OutputError
 from lowres_ft.tasks.base import Seen
 
-_ROWS = 20_000  # looked at, at the most
-_MOST_LABELS = 50
+_ROWS = 1_000_000  # looked at, at the most: files are often sorted by label
+_MOST_LABELS = 200
 _TEXT_NAMES = ("text", "review", "sentence", "content", "comment", "message", "tweet", "body", "document")
 _LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "stars", "rating", "target", "topic")
 
@@ -42,7 +42,6 @@ def new(name: str, start: str, source: str | None) -> dict[str, Any]:
         RecipeError: `name` cannot be a recipe's name.
         OutputError: The file exists.
         DataError: The source cannot be read, or no column can be the text or the label.
-
     """
     path = Path(f"{name}.yaml")
     if path.exists():
@@ -55,9 +54,9 @@ def new(name: str, start: str, source: str | None) -> dict[str, Any]:
         raw["summary"] = (
             f"Tell {', '.join(labels[:5])} apart." if len(labels) <= 5 else f"Tell {len(labels)} labels apart."
         )
-        raw["task"] = {"kind": "classification", "labels": labels} | {
-            key: value for key, value in raw["task"].items() if key == "max_length"
-        }
+        before = raw.get("task")
+        kept = {key: before[key] for key in ("max_length",) if isinstance(before, dict) and key in before}
+        raw["task"] = {"kind": "classification", "labels": labels} | kept
         raw["data"] = {"train": source} | ({"columns": columns} if columns else {})
     text = yaml12.dumps(raw)
     recipe.parse(yaml12.loads(text, where=str(path)), where=str(path))
@@ -71,7 +70,7 @@ def _guess(source: str) -> tuple[dict[str, str], list[str], list[str]]:
     rows = itertools.islice(readers.rows(source), _ROWS)
     for where, row in rows:
         for column, value in row.items():
-            if isinstance(value, str | int | float):
+            if isinstance(value, str | int | float) and value == value:
                 seen[column].add(str(value).lower() if isinstance(value, bool) else str(value), where)
     label = _label_column(seen, source)
     text = _text_column(seen, label, source)
@@ -97,10 +96,13 @@ def _label_column(seen: dict[str, _Column], source: str) -> str:
     named = [name for wanted in _LABEL_NAMES for name in fits if name.casefold() == wanted]
     repeating = [name for name in fits if len(seen[name].values) <= seen[name].rows / 2]
     if not (named or repeating):
-        found = ", ".join(f"'{name}' ({len(column.values)})" for name, column in seen.items())
+        found = ", ".join(
+            f"'{name}' ({len(column.values) if len(column.values) <= _MOST_LABELS else 'more'})"
+            for name, column in seen.items()
+        )
         raise DataError(
             f"{source}: no column has between 2 and {_MOST_LABELS} values that repeat; values by column: {found}",
-            hint="Name the label column in a recipe: data.columns.label=NAME.",
+            hint="Leave out --data, and name the columns in the recipe: data.columns: {text: NAME, label: NAME}.",
         )
     return named[0] if named else min(repeating, key=lambda name: len(seen[name].values))
 

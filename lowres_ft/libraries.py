@@ -23,10 +23,28 @@ def bitsandbytes() -> ModuleType:
 
     Raises:
         ImportError: It is not installed.
-
     """
     with _without_kernels():
         return importlib.import_module("bitsandbytes")
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the Hub's client from drawing progress bars and telling every retry."""
+    from huggingface_hub import utils
+
+
+    bars = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]  # exported, but not in __all__
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -44,6 +62,6 @@ def _without_kernels() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        del sys.modules["kernels"]
+        sys.modules.pop("kernels", None)
         if kernels is not None:
             sys.modules["kernels"] = kernels

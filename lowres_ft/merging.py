@@ -45,7 +45,6 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
     Raises:
         BundleError: The merged model differs, or there is nothing to compare on.
         OutputError: `out` exists or cannot be written.
-
     """
     out = Path(out)
     if bundle.recipe.method.trains_base:

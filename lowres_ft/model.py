@@ -21,6 +21,7 @@ from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.tasks.base import Task
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
 
@@ -65,7 +66,6 @@ class Adapted:
 
         Raises:
             ModelError: Names or shapes are not those of this model.
-
         """
         own = self.tensors()
         if wrong := sorted(own.keys() ^ tensors.keys()):
@@ -87,7 +87,6 @@ def load(
 
     Raises:
         ModelError: The base cannot be loaded or adapted as asked.
-
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
     dtype = getattr(torch, plan.dtype)
@@ -146,8 +145,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: It cannot be loaded, or has no token to pad with.
-
     """
+    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):  # transformers would make an empty tokenizer
+        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
@@ -214,7 +214,6 @@ def _outermost(model: PreTrainedModel, missing: set[str], base: Base) -> tuple[s
 
     Raises:
         ModelError: Embeddings or layers are missing, so the files are not this model's.
-
     """
     found: dict[str, None] = {}
     prefix = model.base_model_prefix

@@ -53,11 +53,12 @@ def run(
 
     Raises:
         LowresError: Something that the user can mend; its kind says what.
-
     """
     for text in recipe.notes:
         listen(Note(text))
     machine = device.find(device_name)
+    if machine.rank:
+        listen = unheard
     with _run_folder(recipe, out, machine) as place:
         listen(Stage(f"reading {recipe.data.train}"))
         rows = data.load(recipe, place.work, _progress(listen))
@@ -93,7 +94,6 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
 
     Raises:
         LowresError: What `run` would raise before its first step.
-
     """
     machine = device.find(device_name)
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
@@ -144,10 +144,10 @@ def _run_folder(recipe: Recipe, out: str | Path | None, machine: Machine) -> Ite
     kept = False
     try:
         yield place
-    except (KeyboardInterrupt, SystemExit) as interrupt:
+    except BaseException as stopped:
         kept = _has_steps(place)
         what = f"{place.folder} keeps plan.json and metrics.jsonl" if kept else "nothing was kept"
-        interrupt.add_note(f"{what}; no bundle was written")
+        stopped.add_note(f"no bundle was written; {what}")
         raise
     finally:
         lock.release()
@@ -167,7 +167,6 @@ def _claim(recipe: Recipe, out: str | Path | None) -> tuple[_Place, FileLock]:
 
     Raises:
         OutputError: `out` exists, another run is writing there, or it cannot be written.
-
     """
     first = Path(out) if out is not None else Path("runs") / recipe.name
     for number in itertools.count(1):

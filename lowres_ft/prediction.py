@@ -43,7 +43,6 @@ def examples(bundle: Bundle, file: str) -> Iterator[Example]:
 
     Raises:
         DataError: The file cannot be read, or lacks the column.
-
     """
     path = Path(file)
     if path.suffix.lower() not in readers.ENDINGS:
@@ -66,7 +65,6 @@ def evaluate_bundle(
 
     Raises:
         DataError: The rows cannot be read, or the recipe has no test rows.
-
     """
     task = bundle.recipe.task
     if source is not None:

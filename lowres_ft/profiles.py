@@ -53,7 +53,6 @@ def profile(base: Base, task: Task) -> Profile:
 
     Raises:
         ModelError: transformers has no model of that kind for the task.
-
     """
     settings = config(base, task)
     with torch.device("meta"), quiet():
@@ -79,7 +78,6 @@ def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
 
     Raises:
         ModelError: A name matches no layer.
-
     """
     wanted = method.wanted()
     names = [linear.name for linear in linears]
@@ -122,7 +120,6 @@ def config(base: Base, task: Task) -> Any:
 
     Raises:
         ModelError: transformers does not know that kind of model.
-
     """
     try:
         return AutoConfig.from_pretrained(base.folder, **task.model_config_fields())

@@ -13,7 +13,6 @@ def loading_options(quantize: str, device: str, keep: tuple[str, ...]) -> dict[s
 
     Raises:
         ModelError: bitsandbytes is not installed.
-
     """
     if quantize == "none":
         return {}

@@ -7,6 +7,7 @@ file may be larger than memory.
 import csv
 import glob
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,17 @@ Row = tuple[str, dict[str, Any]]
 """Where a row stands ("train.csv:17"), and its values by column."""
 
 _LONGEST_FIELD = 1 << 24  # characters; an unclosed quote would otherwise swallow the rest of the file
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_AS_UTF8 = "Save the file as UTF-8 (from {0}: iconv -f {0} -t UTF-8)."
+_OBJECTS = 'One object stands on each line, such as {"text": "Fine.", "label": "positive"}.'
+_QUOTES = "A field that opens with a quote ends with one, and a quote inside it is doubled."
+_CSV_PROBLEMS = {
+    "end of data": ("the quote that opens here is never closed", _QUOTES),
+    "field larger": (f"a field of more than {_LONGEST_FIELD:,} characters: is a quote never closed?", _QUOTES),
+    "expected after": ("text follows the closing quote of a field", _QUOTES),
+    "new-line character": ("a line ends in CR alone", "Save the file with the line ends LF or CRLF."),
+}
+"""What is in the csv module's messages, and what a user is told."""
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -27,7 +39,6 @@ def rows(source: str, progress: assets.Progress | None = None) -> Iterator[Row]:
     Raises:
         DataError: There is no such file, or it cannot be read; the message names file and line.
         AssetError: A starter cannot be fetched.
-
     """
     if source.startswith("starter:"):
         yield from _starter(source.removeprefix("starter:"), progress)
@@ -39,17 +50,21 @@ def rows(source: str, progress: assets.Progress | None = None) -> Iterator[Row]:
 
 
 def _paths(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"{source} is a folder", hint=f"Name a file, or a glob such as '{source}/*.csv'.")
-    if path.exists():
+    path = Path(os.path.expanduser(source))  # os.path: a name that no system can have is a file that is not there
+    if os.path.isdir(path):
+        raise DataError(f"{source} is a folder", hint=f"Name a file, or a glob such as '{path / '*.csv'}'.")
+    if os.path.exists(path):
         return [path]
     if found := sorted(glob.glob(str(path), recursive=True)):
         return [Path(name) for name in found]
     if source.partition("/")[0] in assets.STARTERS:
         raise DataError(f"no file {source}", hint=f"The starter of that name is data.train=starter:{source}.")
-    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise DataError(f"no file {source}{nearest(path.name, beside)}", hint=f"The current folder is {Path.cwd()}.")
+    try:
+        reason = nearest(path.name, os.listdir(path.parent))
+    except (OSError, ValueError):
+        reason = f": there is no folder {path.parent}, or it cannot be read"
+    hub = "" if path.suffix else f" A data set of the Hub is written hub:{source}."
+    raise DataError(f"no file {source}{reason}", hint=f"The current folder is {Path.cwd()}.{hub}")
 
 
 def _file(path: Path, name: str) -> Iterator[Row]:
@@ -58,36 +73,40 @@ def _file(path: Path, name: str) -> Iterator[Row]:
         raise DataError(f"{name}: unknown kind of file", hint=f"Known are {', '.join(ENDINGS)}.")
     try:
         empty = True
+        if path.is_file() and path.stat().st_size == 0:
+            raise DataError(f"{name} is empty", hint="Was it saved, or is it still being downloaded?")
         for row in readers[path.suffix.lower()](path, name):
             empty = False
             yield row
     except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}", hint="Is the file whole?") from error
     if empty:
-        held = "is empty" if path.stat().st_size == 0 else "holds no rows"
-        raise DataError(f"{name} {held}")
+        raise DataError(f"{name} holds no rows", hint="A row stands on a line of its own, in a CSV below the header.")
 
 
 def lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a UTF-8 file with their numbers; a byte order mark is passed over.
 
     Raises:
-        DataError: A line is not UTF-8.
-
+        DataError: A line is not UTF-8, or holds a NUL byte.
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise DataError(f"{name}:1: the file is UTF-16", hint="Save it as UTF-8.")
+                    raise DataError(f"{name}:1: the file is UTF-16, not UTF-8", hint=_AS_UTF8.format("UTF-16"))
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if (at := raw.find(b"\0")) >= 0:
+                raise DataError(
+                    f"{name}:{number}: byte {at + 1} of the line is NUL, which no text holds",
+                    hint=f"Remove it. If there are many, the file may be UTF-16: {_AS_UTF8.format('UTF-16')}",
+                )
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                byte = raw[error.start]
                 raise DataError(
-                    f"{name}:{number}: byte 0x{byte:02x} at column {error.start + 1} is not UTF-8",
-                    hint="Save the file as UTF-8 (from Windows-1252: iconv -f WINDOWS-1252 -t UTF-8).",
+                    f"{name}:{number}: byte {error.start + 1} of the line, 0x{raw[error.start]:02x}, is not UTF-8",
+                    hint=_AS_UTF8.format("WINDOWS-1252"),
                 ) from error
 
 
@@ -111,11 +130,10 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(
-                f"{name}:{start}: {error}",
-                hint="A field that opens with a quote ends with one; a quote inside is doubled; lines end in LF",
-            ) from error
-        if not values:
+            told = [both for words, both in _CSV_PROBLEMS.items() if words in str(error)]
+            message, hint = told[0] if told else (str(error), _QUOTES)
+            raise DataError(f"{name}:{start}: {message}", hint=hint) from error
+        if len(values) < 2 and not "".join(values).strip():
             continue
         if header is None:
             header = _header(values, f"{name}:{start}", delimiter)
@@ -123,7 +141,8 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
             raise DataError(
                 f"{name}:{start}: {len(values)} field{'s' * (len(values) != 1)}, but the header has {len(header)} "
                 f"({', '.join(header)})",
-                hint="A text that holds the separator stands in double quotes.",
+                hint=f"Fields are separated by {_SEPARATORS[delimiter]}; a text that holds one, or a line break, "
+                "stands in double quotes.",
             )
         else:
             yield f"{name}:{start}", dict(zip(header, values, strict=True))
@@ -133,9 +152,10 @@ def _header(values: list[str], where: str, delimiter: str) -> list[str]:
     header = [value.strip() for value in values]
     if twice := next((column for column in header if header.count(column) > 1), None):
         raise DataError(f"{where}: two columns are called '{twice}'", hint="Rename one of them.")
-    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0] and mark != delimiter), None)):
+    other = max(_SEPARATORS, key=header[0].count)
+    if len(header) == 1 and other in header[0]:
         raise DataError(
-            f"{where}: the fields seem to be separated by {other!r}, not by {delimiter!r}",
+            f"{where}: the fields seem to be separated by {_SEPARATORS[other]}, not by {_SEPARATORS[delimiter]}",
             hint="Save it with commas as .csv, or with tabs as .tsv.",
         )
     return header
@@ -147,10 +167,12 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{name}:{number}: not JSON: {error}", hint="One object a line.") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}", hint=_OBJECTS) from error
+        except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, for Python
+            raise DataError(f"{name}:{number}: cannot be read: {error}", hint=_OBJECTS) from error
         if not isinstance(value, dict):
-            raise DataError(f"{name}:{number}: a {type(value).__name__}, not an object", hint="One object a line.")
+            raise DataError(f"{name}:{number}: a {type(value).__name__}, not an object", hint=_OBJECTS)
         yield f"{name}:{number}", value
 
 
@@ -166,7 +188,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                     number += 1
                     yield f"{name}:row {number}", row
     except pa.ArrowException as error:
-        raise DataError(f"{name}: not a Parquet file: {error}") from error
+        raise DataError(f"{name}: not a Parquet file: {error}", hint="Is the file whole?") from error
 
 
 def _starter(name: str, progress: assets.Progress | None) -> Iterator[Row]:
@@ -193,7 +215,10 @@ def parse_hub(source: str) -> dict[str, str | None]:
         parts = name.split("/")
         name, config = "/".join(parts[:2]), "/".join(parts[2:])
     if not name or (at and not revision):
-        raise DataError(f"'{source}' is not hub:ID@revision/config:split")
+        raise DataError(
+            f"'{source}' is not hub:ID@revision/config:split",
+            hint="All but the ID may be left out: hub:stanfordnlp/imdb is its split 'train'.",
+        )
     return {"path": name, "name": config or None, "revision": revision or None, "split": split or "train"}
 
 

@@ -1,16 +1,18 @@
 """Recipes: what an experiment is. `load_recipe` reads one, applies overrides and tells every problem at once."""
 
+import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
 from lowres_ft import registry, yaml12
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
-from lowres_ft.spec import Spec, problems
+from lowres_ft.spec import Spec, problems, shown, unknown
 from lowres_ft.tasks.base import Task
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -82,13 +84,25 @@ class TrainSpec(Spec):
     """Decides splits, order, initial weights and dropout."""
 
 
-class Recipe(Spec):
-    """One experiment, whole. What only changes how it is computed is not here but in the plan."""
+class Title(Spec):
+    """What a recipe is called."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     """Letters, digits, `.`, `_` and `-`; results go to `runs/<name>`."""
     summary: str = ""
     """One sentence for `lowres-ft list`."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("must begin with a letter or a digit and hold only letters, digits, '.', '_' and '-'")
+        return name
+
+
+class Recipe(Title):
+    """One experiment, whole. What only changes how it is computed is not here but in the plan."""
+
     task: SerializeAsAny[Task]
     model: ModelSpec
     method: SerializeAsAny[Method]
@@ -104,7 +118,7 @@ class Recipe(Spec):
 
 _PARTS: dict[str, type[Spec]] = {"model": ModelSpec, "data": DataSpec, "train": TrainSpec}
 _PLUGINS: dict[str, registry.Folder] = {"task": "tasks", "method": "methods"}
-_TOP = ("name", "summary", "task", "method", *_PARTS)
+_TOP = (*Title.model_fields, *_PLUGINS, *_PARTS)
 
 
 def shipped() -> dict[str, Path]:
@@ -119,7 +133,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises:
         RecipeError: The recipe is not found or not valid; the message lists every problem by its path.
-
     """
     return parse(raw(name_or_path), overrides, where=str(_find(name_or_path)))
 
@@ -129,37 +142,67 @@ def raw(name_or_path: str | Path) -> dict[str, Any]:
     path = _find(name_or_path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}", hint="Save the recipe as UTF-8 text.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error}", hint="Save the recipe as UTF-8 text.") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     found = yaml12.loads(text, where=str(path))
     if not isinstance(found, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of {', '.join(_TOP)}", hint="See `lowres-ft show NAME`.")
     return found
 
 
-def parse(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
-    """Make a recipe from plain values, after applying `overrides` to them."""
-    notes = _override(raw, overrides)
+def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """Make a recipe from plain values, with `overrides` applied to them.
+
+    Raises:
+        RecipeError: They are not valid; the message names `where` and lists every problem by its path.
+    """
+    values = copy.deepcopy(dict(raw))
     found: dict[str, str] = {}
-    parts = dict(_validated(raw, found))
-    for key in raw:
+    notes = _override(values, overrides, found)
+    parts = dict(_validated(values, found))
+    for key in values:
         if key not in _TOP:
-            found[str(key)] = "is not a key here" + nearest(str(key), _TOP)
+            found[str(key)] = unknown(str(key), _TOP)
+    found |= _disagreements(values, parts)
+    for path in [path for path in found if _misspelled(path, found)]:
+        del found[path]
+    if not found:
+        return Recipe(**parts, notes=tuple(notes))
+    lines = [f"{path}: {sentence}" for path, sentence in sorted(found.items())]
+    raise RecipeError("\n  ".join([f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}", *lines]), hint=_HINT)
+
+
+def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong between parts that are right by themselves."""
+    found = {}
     if "method" in parts and "model" in parts:
         conflict = parts["method"].conflict(parts["model"].quantize)
         if conflict:
             found["method.kind"] = conflict
-    if "task" in parts and isinstance(columns := dict(raw.get("data") or {}).get("columns"), dict):
+    data = values.get("data")
+    columns = data.get("columns") if isinstance(data, dict) else None
+    if "task" in parts and isinstance(columns, dict):
         roles = parts["task"].columns
-        for role in set(columns) - set(roles):
-            found[f"data.columns.{role}"] = f"is no role; the roles are {', '.join(roles)}{nearest(role, roles)}"
-    if not found:
-        try:
-            return Recipe(**parts, notes=tuple(notes))
-        except ValidationError as error:
-            found |= problems(error, lambda _: _TOP)
-    lines = [f"{path}: {sentence}" for path, sentence in sorted(found.items())]
-    raise RecipeError("\n  ".join([f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}", *lines]), hint=_HINT)
+        for role in map(str, columns):
+            if role not in roles:
+                found[f"data.columns.{role}"] = f"is no role; the roles are {', '.join(roles)}{nearest(role, roles)}"
+    return found
+
+
+def _misspelled(path: str, found: Mapping[str, str]) -> bool:
+    """Whether a missing key stands there under a wrong name, which is told already."""
+    if not found[path].startswith("is missing"):
+        return False
+    parts = path.split(".")
+    strangers = [other.rpartition(".") for other, sentence in found.items() if sentence.startswith("is not a key")]
+    return any(
+        nearest(name, [part])
+        for depth, part in enumerate(parts)
+        for parent, _, name in strangers
+        if parent == ".".join(parts[:depth])
+    )
 
 
 _HINT = "`lowres-ft show sentiment-lora` prints a whole recipe; the README explains every key."
@@ -170,77 +213,96 @@ def _find(name_or_path: str | Path) -> Path:
     if name in shipped():
         return shipped()[name]
     path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise RecipeError(f"no recipe file {name}", hint="`lowres-ft list` shows the recipes that are shipped.")
+    try:
+        if path.is_file():
+            return path
+        folder = path.is_dir()
+    except OSError as error:
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
+    if folder or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise RecipeError(
+            f"{name} is a folder, not a recipe" if folder else f"no recipe file {name}",
+            hint="`lowres-ft list` shows the recipes that are shipped.",
+        )
     raise RecipeError(
         f"no recipe '{name}'{nearest(name, shipped())}",
         hint=f"Shipped are {', '.join(shipped())}; a recipe of your own is given by its path, as in ./{name}.yaml.",
     )
 
 
-def _override(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Set the dotted keys in `raw`; return notes on what a change of kind dropped."""
+def _override(values: dict[str, Any], overrides: Iterable[str], found: dict[str, str]) -> list[str]:
+    """Set the dotted keys in `values`, telling what cannot be set in `found`; return notes on what was dropped."""
     notes = []
     pairs = []
     for override in overrides:
         key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise RecipeError(f"'{override}' is not KEY=VALUE", hint="For example train.epochs=1.")
-        pairs.append((key.split("."), yaml12.scalar(value)))
-    # A change of kind comes first, whatever the order, so that keys for the new kind are kept.
-    for path, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["kind"]):
-        if len(path) == 2 and path[0] in _PLUGINS and path[1] == "kind":
-            notes += _change_kind(raw, path[0], value)
+        if any("\ud800" <= character <= "\udfff" for character in override):
+            found[key] = "is not UTF-8 text"
+        elif sign and all(key.split(".")):
+            pairs.append((key.split("."), yaml12.scalar(value)))
         else:
-            _set(raw, path, value)
+            found[override] = "is not KEY=VALUE; for example train.epochs=1"
+    # Whole parts come first and kinds next, whatever the order, so that keys below them are kept.
+    for path, value in sorted(pairs, key=lambda pair: (len(pair[0]), pair[0][1:] != ["kind"])):
+        if len(path) == 2 and path[0] in _PLUGINS and path[1] == "kind":
+            notes += _change_kind(values, path[0], value, found)
+        else:
+            _set(values, path, value, found)
     return notes
 
 
-def _change_kind(raw: dict[str, Any], part: str, kind: object) -> list[str]:
-    before = raw.get(part)
+def _change_kind(values: dict[str, Any], part: str, kind: object, found: dict[str, str]) -> list[str]:
+    before = values.get(part)
     if not isinstance(before, dict) or before.get("kind") == kind:
-        _set(raw, [part, "kind"], kind)
+        _set(values, [part, "kind"], kind, found)
         return []
-    raw[part] = {"kind": kind}
-    dropped = ", ".join(f"{key}={value}" for key, value in before.items() if key != "kind")
+    values[part] = {"kind": kind}
+    dropped = ", ".join(f"{key}={shown(value)}" for key, value in before.items() if key != "kind")
     return [f"{part}.kind={kind} starts from that kind's defaults; dropped: {dropped}"] if dropped else []
 
 
-def _set(raw: dict[str, Any], path: list[str], value: object) -> None:
+def _set(values: dict[str, Any], path: list[str], value: object, found: dict[str, str]) -> None:
     *parents, last = path
-    place = raw
+    place = values
     for depth, part in enumerate(parents, start=1):
         below = place.get(part)
         if below is None:
             below = place[part] = {}
         if not isinstance(below, dict):
-            raise RecipeError(f"{'.'.join(path)}: {'.'.join(path[:depth])} has no keys, found {below!r}", hint=_HINT)
+            found[".".join(path)] = f"cannot be set: {'.'.join(path[:depth])} has no keys, it is {shown(below)}"
+            return
         place = below
     place[last] = value
 
 
-def _validated(raw: Mapping[str, Any], found: dict[str, str]) -> Iterator[tuple[str, Any]]:
+def _validated(values: Mapping[str, Any], found: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """Yield each part that is valid by its name; write what is wrong with the others into `found`."""
-    for key in ("name", "summary"):
-        if key in raw:
-            yield key, raw[key]
-    if "name" not in raw:
-        found["name"] = "is missing"
+    for _, title in _part("", Title, {key: values[key] for key in Title.model_fields if key in values}, found):
+        yield from title
     for key, folder in _PLUGINS.items():
-        value = raw.get(key)
-        if not isinstance(value, dict) or "kind" not in value:
-            found[f"{key}.kind"] = f"is missing; it is one of {', '.join(registry.names(folder))}"
-            continue
+        plugin = _plugin(key, folder, values.get(key), found)
+        if plugin:
+            yield from _part(key, plugin, values[key], found)
+    for key, spec in _PARTS.items():
+        yield from _part(key, spec, values.get(key, {}), found)
+
+
+def _plugin(key: str, folder: registry.Folder, value: object, found: dict[str, str]) -> type[Spec] | None:
+    """The class that a part's kind names."""
+    kinds = ", ".join(registry.names(folder))
+    if value is not None and not isinstance(value, dict):
+        found[key] = f"must be a mapping with a kind ({kinds}), found {shown(value)}"
+    elif not value or "kind" not in value:
+        found[f"{key}.kind"] = f"is missing; it is one of {kinds}"
+        for name in map(str, value or ()):
+            if nearest(name, ["kind"]):
+                found[f"{key}.{name}"] = unknown(name, ["kind"])
+    else:
         try:
-            plugin = registry.load(folder, value["kind"])
+            return registry.load(folder, value["kind"])
         except RecipeError as error:
             found[f"{key}.kind"] = error.message
-        else:
-            yield from _part(key, plugin, value, found)
-    for key, spec in _PARTS.items():
-        yield from _part(key, spec, raw.get(key, {}), found)
+    return None
 
 
 def _part(key: str, spec: type[Spec], value: object, found: dict[str, str]) -> Iterator[tuple[str, Spec]]:
@@ -249,7 +311,7 @@ def _part(key: str, spec: type[Spec], value: object, found: dict[str, str]) -> I
         yield key, spec.model_validate_json(json.dumps(value))
     except ValidationError as error:
         for path, sentence in problems(error, lambda path: _known(spec, path)).items():
-            found[f"{key}.{path}" if path else key] = sentence
+            found[".".join(filter(None, (key, path)))] = sentence
 
 
 def _known(spec: type[Spec], path: tuple[str, ...]) -> Iterable[str]:

@@ -5,7 +5,7 @@ import pkgutil
 from typing import Literal
 
 from lowres_ft.errors import RecipeError, nearest
-from lowres_ft.spec import Spec
+from lowres_ft.spec import Spec, shown
 
 Folder = Literal["tasks", "methods"]
 
@@ -21,11 +21,10 @@ def load(folder: Folder, name: object) -> type[Spec]:
 
     Raises:
         RecipeError: No file of that name lies in the folder.
-
     """
     known = names(folder)
     if not isinstance(name, str) or name not in known:
-        raise RecipeError(f"must be one of {', '.join(known)}, found {name!r}{nearest(str(name), known)}")
+        raise RecipeError(f"must be one of {', '.join(known)}, found {shown(name)}{nearest(str(name), known)}")
     module = importlib.import_module(f"lowres_ft.{folder}.{name}")
     base = importlib.import_module(f"lowres_ft.{folder}.base").PLUGIN
     (plugin,) = (

@@ -1,5 +1,6 @@
 """The base of everything that a user configures, and its validation errors in plain words."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ _KIND = {
     "model_type": "a mapping",
     "finite_number": "a finite number",
 }
+_LONGEST_SHOWN = 80  # characters of a value
 _UNION_TAGS = ("constrained-", "function-", "list[", "tuple[", "literal[")
 
 
@@ -53,7 +55,7 @@ def problems(error: ValidationError, known: Callable[[tuple[str, ...]], Iterable
         found[dotted] = item["input"]
         sentence = _wanted(item["type"], item.get("ctx", {}), item["msg"])
         if item["type"] == "extra_forbidden":
-            sentence = "is not a key here" + nearest(path[-1], known(path[:-1]))
+            sentence = unknown(path[-1], known(path[:-1]))
         if sentence not in wanted[dotted]:
             wanted[dotted].append(sentence)
     return {path: _sentence(parts, found[path]) for path, parts in wanted.items()}
@@ -71,18 +73,36 @@ def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:
         return f"must be {_KIND[kind]}"
     for name, words in _BOUND.items():
         if name in context:
-            return f"must be {words} {context[name]:g}"
-    if kind == "literal_error":
-        return f"must be {context['expected']!s}"
-    if kind == "missing":
-        return "is missing"
+            bound = context[name]
+            return f"must be {words} {bound:g}" if isinstance(bound, float) else f"must be {words} {bound}"
+    match kind:
+        case "literal_error":
+            return f"must be {context['expected']!s}"
+        case "missing":
+            return "is missing"
+        case "string_too_short" | "too_short" if context["min_length"] == 1:
+            return "must be non-empty"
+        case "json_invalid":
+            return "holds text that is not Unicode"
     return message.removeprefix("Value error, ")
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What to say of a key that does not exist: the one that was meant, else all of them."""
+    known = list(known)
+    return "is not a key here" + (nearest(name, known) or f"; there {'are' if known[1:] else 'is'} {', '.join(known)}")
+
+
+def shown(value: object) -> str:
+    """A value as a recipe would write it, cut where it is long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."
 
 
 def _sentence(parts: list[str], found: object) -> str:
     """Join the alternatives; a key that is unknown or missing has no value worth showing."""
-    if parts[0].startswith("is "):
+    if parts[0].startswith(("is ", "holds ")):
         return parts[0]
     first, *rest = parts
     words = " or ".join([first, *(part.removeprefix("must be ") for part in rest)])
-    return f"{words}, found {found!r}"
+    return f"{words}, found {shown(found)}"

@@ -139,7 +139,6 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
 
     Raises:
         TrainingError: The loss or the gradient is not finite; the message names step, rate and rows.
-
     """
     spec = state.spec
     for positions in islice(steps(tokens, spec.batch_size, spec.seed), state.step, None):

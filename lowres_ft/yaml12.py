@@ -25,6 +25,17 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way; none is inherited)
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse what would bring other types, or the same value by another way."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            problem = "anchors (&) and aliases (*) are not read; write the value out, or quote it if it is text"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        if event.tag is not None:
+            problem = f"tags ({event.tag}) are not read; quote the value if it is text"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -40,7 +51,12 @@ class _Loader(yaml.SafeLoader):
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         digits = self.construct_scalar(node)
         base = {"0o": 8, "0x": 16}.get(digits[:2], 10)
-        return int(digits[2:] if base != 10 else digits, base)
+        try:
+            return int(digits[2:] if base != 10 else digits, base)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(digits)} digits is too long", node.start_mark
+            ) from error
 
 
 class _Dumper(yaml.SafeDumper):
@@ -51,10 +67,16 @@ class _Dumper(yaml.SafeDumper):
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Write other line breaks than a newline as escapes: a reader would fold them into spaces."""
+        quotes = '"' if any(mark in text for mark in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
+
 
 for _name, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
@@ -62,17 +84,21 @@ def loads(text: str, *, where: str) -> Any:
     """Read one YAML document.
 
     Raises:
-        RecipeError: It is not YAML, or a key stands twice; the message names `where` and the line.
-
+        RecipeError: It is not YAML, a key stands twice, or it holds a tag, an anchor or an alias; the message names
+            `where` and the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: {error.problem}", hint="Mend the YAML at that line.") from error
+        told = ", ".join(filter(None, (error.context, error.problem)))
+        hint = "Mend the YAML at that line. A text that begins with one of * & ! % @ ` stands in quotes."
+        raise RecipeError(f"{where}{line}: {told}", hint=hint) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not YAML: {error}", hint="Save the recipe as UTF-8 text.") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: lists and mappings are nested too deeply") from error
 
 
 def scalar(text: str) -> Any:
@@ -84,13 +110,15 @@ def scalar(text: str) -> Any:
     if plain[:1] in ("[", "{", '"', "'"):
         try:
             return yaml.load(plain, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             return text
-    for name, (pattern, _) in _SCALARS.items():
-        if re.fullmatch(pattern, plain):
-            node = yaml.ScalarNode(f"tag:yaml.org,2002:{name}", plain)
-            return _Loader("").construct_object(node)
-    return text
+    kind = next((name for name, (pattern, _) in _SCALARS.items() if re.fullmatch(pattern, plain)), None)
+    if kind is None:
+        return text
+    try:
+        return _Loader("").construct_object(yaml.ScalarNode(f"tag:yaml.org,2002:{kind}", plain))
+    except yaml.YAMLError:
+        return text
 
 
 def dumps(value: object) -> str:

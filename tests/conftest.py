@@ -28,7 +28,9 @@ torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
     """Nothing that a test does reaches the user's cache, but for tests of the starter assets themselves."""
     if "assets" not in request.keywords:
         monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,6 +1,6 @@
-"""Run in a fresh process: load bundles twice, with lowres-ft and with the very lines of their model card, and print logits.
+"""Load bundles in a fresh process, with lowres-ft and with the lines of their model card, and print logits.
 
-Arguments: a JSON list of bundle folders, a JSON list of texts, and 'float32' or 'trained'.
+Arguments: a JSON list of bundle folders, and a JSON list of texts.
 """
 
 import json

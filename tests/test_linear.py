@@ -41,9 +41,7 @@ def test_forward_and_gradients_are_pefts(kind: str, shape: tuple[int, ...], rslo
     torch.manual_seed(1)
     plain = Conv1D(OUTPUTS, INPUTS) if kind == "conv1d" else nn.Linear(INPUTS, OUTPUTS, bias=kind == "linear")
     method = Lora(rank=RANK, alpha=12.0, rslora=rslora)
-    config = LoraConfig(
-        r=RANK, lora_alpha=12, use_rslora=rslora, target_modules=["0"], fan_in_fan_out=kind == "conv1d"
-    )
+    config = LoraConfig(r=RANK, lora_alpha=12, use_rslora=rslora, target_modules=["0"], fan_in_fan_out=kind == "conv1d")
     weight = plain.weight.detach().clone()
     ours = adapted(weight.t().contiguous() if kind == "conv1d" else weight, plain.bias, scaling=method.scaling)
     theirs = peft.get_peft_model(nn.Sequential(plain), config).base_model.model[0]

@@ -38,7 +38,9 @@ def randomize(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("architecture", ["bert", "deberta-v2", "qwen3"])
-def test_every_cut_gives_the_same_gradient(bases: Bases, reviews: Path, tmp_path: Path, architecture: str, quantize: str):
+def test_every_cut_gives_the_same_gradient(
+    bases: Bases, reviews: Path, tmp_path: Path, architecture: str, quantize: str
+):
     wanted = recipe(
         bases(architecture), reviews, f"model.quantize={quantize}", "method.dropout=0.1", "train.batch_size=32"
     )
@@ -117,7 +119,7 @@ def test_steps_are_partitions_of_each_epoch_and_follow_from_the_seed(bases: Base
     per_epoch = steps_per_epoch(len(tokens), 7)
     taken = [list(positions) for positions in islice(steps(tokens, 7, 1), 2 * per_epoch)]
     for epoch in (taken[:per_epoch], taken[per_epoch:]):
-        assert sorted(sum(epoch, [])) == list(range(len(tokens)))
+        assert sorted(position for positions in epoch for position in positions) == list(range(len(tokens)))
     assert taken[:per_epoch] != taken[per_epoch:]
     assert taken[:3] == [list(positions) for positions in islice(steps(tokens, 7, 1), 3)]
     assert taken[:3] != [list(positions) for positions in islice(steps(tokens, 7, 2), 3)]
@@ -134,7 +136,11 @@ def test_a_cut_covers_a_step_within_its_tokens(bases: Bases, reviews: Path, tmp_
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("linear", [0.25, 0.5, 0.75, 1.0, 0.5]), ("cosine", [0.25, 0.5, 0.75, 1.0, 0.5]), ("constant", [0.25, 0.5, 0.75, 1.0, 1.0])],
+    [
+        ("linear", [0.25, 0.5, 0.75, 1.0, 0.5]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 0.5]),
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0]),
+    ],
 )
 def test_learning_rate_rises_over_the_warm_up_and_follows_its_schedule(schedule: str, expected: list[float]):
     spec = TrainSpec.model_validate({"schedule": schedule, "warmup": 0.3, "learning_rate": 1.0})
@@ -169,7 +175,8 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_rows(bases: Bases, review
     next(running)
     with torch.no_grad():
         prepared.adapted.trained()["classifier.weight"].fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"step 2: the loss is not finite \(learning rate 0.01; rows .*reviews.csv:\d+"):
+    told = r"step 2: the loss is not finite \(learning rate 0.01; rows .*reviews.csv:\d+"
+    with pytest.raises(TrainingError, match=told):
         next(running)
 
 

@@ -90,8 +90,8 @@ def reviews(path: Path, rows: int = 60) -> Path:
     lines = ["text,label"]
     for number in range(rows):
         word = (GOOD if number % 2 else BAD)[number // 2 % 4]
-        filler = " ".join(WORDS[(number * 7 + at) % len(WORDS)] for at in range(number % 9) if WORDS[at] not in GOOD + BAD)
-        plain = " ".join(w for w in filler.split() if w not in GOOD + BAD)
+        around = [WORDS[(number * 7 + at) % len(WORDS)] for at in range(number % 9)]
+        plain = " ".join(filler for filler in around if filler not in GOOD + BAD)
         lines.append(f"the film {plain} number{number} was {word},{'good' if number % 2 else 'bad'}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

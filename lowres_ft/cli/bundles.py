@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TextIO
 import typer
 
 from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
+from lowres_ft.errors import DataError
 
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -48,7 +49,7 @@ def predict(
     bundle: BundleFolder,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Texts; - reads lines from standard input.", show_default=False),
+        typer.Argument(metavar="TEXT", help="Texts; - reads lines from standard input.", show_default=False),
     ] = None,
     file: Annotated[
         str | None,
@@ -68,6 +69,8 @@ def predict(
 
     if not texts and file is None:
         raise typer.BadParameter("give texts, --file F, or - for standard input", param_hint="TEXT")
+    if texts and file is not None:
+        raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
     opened = open_bundle(bundle)
     with _fetching(quiet) as progress:
         loaded = opened.load(
@@ -79,10 +82,18 @@ def predict(
     elif file not in (None, "-"):
         found = predictor(prediction.examples(opened, str(file)))
     else:
-        found = predictor.texts(line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        found = predictor.texts(_typed())
     with _writing(out) as sink:
         for line in _lines(found, as_json):
             sink.write(line + "\n")
+
+
+def _typed() -> Iterator[str]:
+    """The lines of standard input that are not empty."""
+    try:
+        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not {error.encoding}: {error.reason}", hint="Send UTF-8 text.") from error
 
 
 def _lines(predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
@@ -167,7 +178,7 @@ def base(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Print the folder where a base lies, fetching it if need be, for other programs."""
+    """Print a base's folder for other programs, fetched if need be."""
     from lowres_ft import assets, bases
     from lowres_ft.recipe import ModelSpec
 

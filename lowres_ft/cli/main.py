@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Fine-tune small pretrained models on small machines, and share what comes of it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it takes "[default: ...]" for markup, and a third of the time
     add_completion=False,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
@@ -55,7 +56,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app()
+        app(prog_name="lowres-ft")
     except LowresError as error:
         _complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
         sys.exit(2)

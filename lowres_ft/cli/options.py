@@ -15,5 +15,5 @@ Base = Annotated[
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.epochs=1.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as train.epochs=1.", show_default=False),
 ]

@@ -31,12 +31,15 @@ def recipe(
     from lowres_ft import pipeline
     from lowres_ft.cli import summary
     from lowres_ft.cli.display import listening
+    from lowres_ft.device import is_first
 
     with listening(quiet) as listen:
         if dry_run:
             rehearsal = pipeline.rehearse(loaded, device_name=device, listen=listen)
         else:
             bundle = pipeline.run(loaded, out, device_name=device, listen=listen)
+    if not is_first():
+        return
     if dry_run:
         print(summary.rehearsal_json(rehearsal) if as_json else summary.rehearsal(loaded, rehearsal))
         return

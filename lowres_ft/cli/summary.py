@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowres_ft.pipeline import Rehearsal
 from lowres_ft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lowres_ft.pipeline import Rehearsal
 
 _NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression"}
 
@@ -27,7 +29,7 @@ def run(folder: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rehearsal(recipe: Recipe, found: Rehearsal) -> str:
+def rehearsal(recipe: Recipe, found: "Rehearsal") -> str:
     """What a run would do."""
     rows = ", ".join(f"{count:,} {name}" for name, count in found.rows.items())
     share = found.trainable_parameters / found.parameters
@@ -43,7 +45,7 @@ def rehearsal(recipe: Recipe, found: Rehearsal) -> str:
     )
 
 
-def rehearsal_json(found: Rehearsal) -> str:
+def rehearsal_json(found: "Rehearsal") -> str:
     """The same as JSON."""
     return json.dumps(asdict(found) | {"plan": found.plan.model_dump(mode="json")})
 

@@ -82,7 +82,6 @@ class Task(Spec):
 
         Raises:
             DataError: The row cannot be one; the message names `where`.
-
         """
         raise NotImplementedError
 
@@ -91,7 +90,6 @@ class Task(Spec):
 
         Raises:
             DataError: The labels are not what the recipe says, or no task can be made of them.
-
         """
         raise NotImplementedError
 
@@ -100,7 +98,6 @@ class Task(Spec):
 
         Raises:
             DataError: Some are unknown; the message lists them with file and line.
-
         """
         raise NotImplementedError
 
@@ -109,7 +106,6 @@ class Task(Spec):
 
         Raises:
             KeyError: The label is none of the task's.
-
         """
         raise NotImplementedError
 

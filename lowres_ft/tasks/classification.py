@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, field_validator
 
 from lowres_ft.errors import DataError, nearest
 from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Seen, Task
@@ -26,10 +26,10 @@ _WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
 
 def _as_text(value: object) -> object:
     """A label written as a number or a truth value is the text of it."""
-    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int) else value
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
 
-Label = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+Label = Annotated[str, BeforeValidator(_as_text)]
 
 
 class Classification(Task):
@@ -46,9 +46,11 @@ class Classification(Task):
 
     @field_validator("labels")
     @classmethod
-    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _usable(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if labels is not None and len(labels) < 2:
             raise ValueError("must name at least two classes")
+        if labels is not None and not all(label.strip() for label in labels):
+            raise ValueError("must not hold an empty name")
         if labels is not None and len(set(labels)) < len(labels):
             raise ValueError("must not name a class twice")
         return labels
@@ -69,22 +71,22 @@ class Classification(Task):
 
     def read(self, row: Mapping[str, Any], where: str) -> Example:
         text, label = row["text"], row.get("label")
-        if not isinstance(text, str):
-            raise DataError(f"{where}: the text is {text!r}, which is not text")
-        if not text.strip():
+        if text is None or (isinstance(text, str) and not text.strip()):
             raise DataError(f"{where}: the text is empty")
+        if not isinstance(text, str):
+            raise DataError(f"{where}: the text is {_quoted(text)}, which is not text")
         if "label" not in row:
             return Example(where, text)
-        if label is None or label == "":
+        if label is None or label != label or (isinstance(label, str) and not label.strip()):
             raise DataError(f"{where}: the label is empty")
         if not isinstance(label, str | int | float):
-            raise DataError(f"{where}: the label is {label!r}, which is neither a word nor a number")
-        return Example(where, text, str(label).lower() if isinstance(label, bool) else str(label))
+            raise DataError(f"{where}: the label is {_quoted(label)}, which is neither a word nor a number")
+        return Example(where, text, str(_as_text(label)))
 
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         if len(seen) > MOST_LABELS:
             raise DataError(
-                f"more than {MOST_LABELS:,} different labels, such as {next(iter(seen))!r}",
+                f"more than {MOST_LABELS:,} different labels, such as {_quoted(next(iter(seen)))}",
                 hint="Is this the label column? Map it with data.columns.label=NAME.",
             )
         task = self if self.labels else self.model_copy(update={"labels": _found(seen)})
@@ -93,7 +95,8 @@ class Classification(Task):
         if len(present) < 2:
             only = next(iter(seen.values()))
             raise DataError(
-                f"every row has the label {next(iter(seen))!r} (first {only.where}); a classifier needs two classes",
+                f"every row has the label {_quoted(next(iter(seen)))} (first {only.where}); "
+                "a classifier needs two classes",
                 hint="Add rows of another class.",
             )
         if missing := [label for index, label in enumerate(task.classes) if index not in present]:
@@ -109,14 +112,17 @@ class Classification(Task):
         if not unknown:
             return
         lines = [
-            f"{at.where}: unknown label {label!r}{nearest(label, self.classes)}, {at.count} row{'s' * (at.count > 1)}"
+            f"{at.where}: unknown label {_quoted(label)}{nearest(label, self.classes)}, "
+            f"{at.count} row{'s' * (at.count > 1)}"
             for label, at in unknown[:10]
         ]
         more = f"\n  and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        numbers = any(_is_number(label) for label, _ in unknown) and not any(map(_is_number, self.classes))
         raise DataError(
             "\n  ".join(lines) + more,
-            hint=f"task.labels names {', '.join(map(repr, self.classes))}. Correct the rows, list the labels there, "
-            "or use task.labels=null to find them.",
+            hint=f"task.labels names {_listed(self.classes)}"
+            + (f", for which the numbers 0 to {len(self.classes) - 1} may stand, in this order" * numbers)
+            + ". Correct the rows, list the labels there, or use task.labels=null to find them.",
         )
 
     def _known(self, label: str) -> bool:
@@ -132,8 +138,10 @@ class Classification(Task):
             return self.classes.index(label)
         if any(_is_number(name) for name in self.classes):
             raise KeyError(label)
-        if label.isascii() and label.isdigit() and str(int(label)) == label and int(label) < len(self.classes):
-            return int(label)
+        if label.isascii() and label.isdigit() and len(label) < 10 and str(int(label)) == label:
+            index = int(label)
+            if index < len(self.classes):
+                return index
         raise KeyError(label)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example]) -> list[Encoded]:
@@ -221,15 +229,34 @@ def _is_number(label: str) -> bool:
 
 
 def _found(seen: Mapping[str, Seen]) -> tuple[str, ...]:
-    """The labels of the rows: by value where all are numbers, else by alphabet."""
+    """The labels of the rows: by value where all are numbers, else by alphabet.
+
+    Raises:
+        DataError: Two differ only in spaces, capitals or the form of a number, and so are hardly two classes.
+    """
+    spelled: dict[str | float, str] = {}
+    for label, at in seen.items():
+        other = spelled.setdefault(float(label) if _is_number(label) else label.strip().casefold(), label)
+        if other != label:
+            raise DataError(
+                f"{at.where}: the label {_quoted(label)} differs from {_quoted(other)} ({seen[other].where}) only in "
+                "how it is written",
+                hint="Write them alike; or list both in task.labels, if they are two classes.",
+            )
     if all(_is_number(label) for label in seen):
         return tuple(sorted(seen, key=lambda label: (float(label), label)))
     return tuple(sorted(seen))
 
 
-def _listed(seen: Mapping[str, Seen], most: int = 10) -> str:
-    words = [repr(label) for label in itertools.islice(seen, most)]
-    return ", ".join(words) + (f" and {len(seen) - most} more" if len(seen) > most else "")
+def _quoted(value: object, most: int = 60) -> str:
+    """A value as it is told: a label column that is not one may hold whole pages."""
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
+def _listed(labels: Collection[str], most: int = 10) -> str:
+    words = [_quoted(label) for label in itertools.islice(labels, most)]
+    return ", ".join(words) + (f" and {len(labels) - most} more" if len(labels) > most else "")
 
 
 def _by_class(confusion: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]":

@@ -1,4 +1,4 @@
-"""Every architecture: train two steps, save, load in a fresh process with our code and with PEFT's, and compare logits."""
+"""Every architecture: train two steps, save, load in a fresh process with our code and with PEFT's, compare."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lowres_ft import profiles
-from lowres_ft.batches import in_memory
 from lowres_ft.bases import Base
+from lowres_ft.batches import in_memory
 from lowres_ft.errors import ModelError
 from lowres_ft.evaluate import outputs
 from lowres_ft.methods.lora import Lora

@@ -1,0 +1,79 @@
+"""What every plug-in promises: found by walking the folders."""
+
+from pathlib import Path
+
+import pytest
+
+import lowres_ft
+from lowres_ft import registry
+from lowres_ft.errors import RecipeError
+from lowres_ft.methods.base import Method
+from lowres_ft.spec import Spec
+from lowres_ft.tasks.base import Task
+
+BASES = {"tasks": Task, "methods": Method}
+COUNTS = {"tasks": 1, "methods": 3}
+PLUGINS = [
+    (folder, path.stem)
+    for folder in BASES
+    for path in sorted((Path(lowres_ft.__file__).parent / folder).glob("*.py"))
+    if path.stem not in ("__init__", "base")
+]
+
+
+@pytest.mark.parametrize("folder", BASES)
+def test_names_are_the_files_of_the_folder(folder):
+    assert list(registry.names(folder)) == [name for place, name in PLUGINS if place == folder]
+    assert len(registry.names(folder)) == COUNTS[folder]
+
+
+@pytest.mark.parametrize(("folder", "name"), PLUGINS)
+def test_a_plugin_is_one_class_with_its_files_name(folder, name):
+    plugin = registry.load(folder, name)
+    assert issubclass(plugin, BASES[folder])
+    assert plugin.__name__.casefold() == name
+    assert plugin.model_fields["kind"].default == name
+    with pytest.raises(ValueError, match="kind"):
+        plugin(kind="other")
+
+
+@pytest.mark.parametrize(("folder", "name"), PLUGINS)
+def test_a_plugin_needs_nothing_and_explains_itself(folder, name):
+    plugin = registry.load(folder, name)
+    assert plugin().kind == name
+    assert "__doc__" in vars(plugin)
+    assert len(plugin.__doc__) > 20
+    unexplained = [key for key, field in plugin.model_fields.items() if key != "kind" and not field.description]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("name", [name for folder, name in PLUGINS if folder == "methods"])
+def test_a_method_answers_what_the_model_asks(name):
+    method = registry.load("methods", name)()
+    low_rank = method.low_rank()
+    assert bool(method.wanted()) == (low_rank is not None)
+    assert not (method.trains_base and low_rank)
+    assert method.conflict("none") is None
+    assert bool(method.conflict("int8")) == method.trains_base
+
+
+@pytest.mark.parametrize("name", [name for folder, name in PLUGINS if folder == "tasks"])
+def test_a_task_says_what_the_pipeline_asks(name):
+    task = registry.load("tasks", name)
+    assert task.columns
+    for words in (task.model_class, task.peft_type, task.metric):
+        assert words
+    missing = [key for key in vars(Task) if callable(vars(Task)[key]) and key not in vars(task) and key[0] != "_"]
+    assert missing == [], "a task answers all that the base only names"
+
+
+def test_every_plugin_was_seen():
+    assert len(PLUGINS) == sum(COUNTS.values())
+    assert issubclass(registry.load("methods", "lora"), Spec)
+
+
+@pytest.mark.parametrize("name", ["lroa", "base", "__init__", "", None, 3, ["lora"], "lora.x"])
+def test_an_unknown_name_is_told_with_those_that_are_known(name):
+    with pytest.raises(RecipeError, match="must be one of full, head, lora, found") as caught:
+        registry.load("methods", name)
+    assert ("did you mean 'lora'" in caught.value.message) == (name in ("lroa", "lora.x", ["lora"]))
