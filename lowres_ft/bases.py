@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import assets
+from lowres_ft import assets, libraries
 from lowres_ft.errors import AssetError, ModelError, nearest
 from lowres_ft.files import cached_sha256
 from lowres_ft.recipe import ModelSpec
@@ -100,9 +100,8 @@ def _hub(base: str, revision: str | None) -> Base:
 
     starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.file is None]
     try:
-        folder = Path(
-            snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB)
-        )
+        with libraries.quiet_hub():
+            found = snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB)
     except HFValidationError as error:
         known = f"Starters are {', '.join(starters)}; a Hub id is OWNER/NAME."
         told = f"model.base: '{base}' is neither a folder nor a Hub id{nearest(base, starters)}"
@@ -113,6 +112,7 @@ def _hub(base: str, revision: str | None) -> Base:
             f"model.base: '{base}' cannot be had from the Hub{offline}: {str(error).strip().splitlines()[0]}",
             hint=f"Without a network, use a folder or a starter: {', '.join(starters)}.",
         ) from error
+    folder = Path(found)
     return Base(base, folder, base, folder.name)  # the folder is called like the commit
 
 

@@ -33,7 +33,6 @@ def quiet_hub() -> Iterator[None]:
     """Keep the Hub's client from drawing progress bars and telling every retry."""
     from huggingface_hub import utils
 
-
     bars = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]  # exported, but not in __all__
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

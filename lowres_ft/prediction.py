@@ -34,8 +34,22 @@ class Predictor:
             yield from (task.prediction(example, output) for example, output in zip(part, outputs, strict=True))
 
     def texts(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Like a call, for bare texts."""
-        return self(Example(f"text {number}", text) for number, text in enumerate(texts, start=1))
+        """Like a call, for bare texts.
+
+        Raises:
+            DataError: A text holds half a character, as an argument that is not UTF-8 does.
+        """
+        return self(_example(number, text) for number, text in enumerate(texts, start=1))
+
+
+def _example(number: int, text: str) -> Example:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text {number} is not UTF-8 (at character {error.start + 1})", hint="Send UTF-8 text."
+        ) from error
+    return Example(f"text {number}", text)
 
 
 def examples(bundle: Bundle, file: str) -> Iterator[Example]:

@@ -1,6 +1,9 @@
 """What all tests share: an empty cache of their own, and a runner of recipes on tiny bases."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read as huggingface_hub is imported
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +24,6 @@ from lowres_ft.recipe import Recipe, parse
 from lowres_ft.train import TrainState
 from tests import tiny
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 torch.manual_seed(0)
 

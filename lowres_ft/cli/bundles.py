@@ -101,9 +101,13 @@ def _lines(predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str
         if as_json:
             yield json.dumps(found, ensure_ascii=False)
         else:
-            # One prediction stays one line, and no text moves the cursor.
-            text = "".join(mark if mark.isprintable() else " " for mark in found["text"])
-            yield f"{found['label']}\t{found['scores'][found['label']]:.3f}\t{text}"
+            label = found["label"]
+            yield f"{_printable(label)}\t{found['scores'][label]:.3f}\t{_printable(found['text'])}"
+
+
+def _printable(text: str) -> str:
+    """Keep one prediction on one line, and the cursor where it is."""
+    return "".join(mark if mark.isprintable() else " " for mark in text)
 
 
 @contextmanager
