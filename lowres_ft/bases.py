@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lowres_ft import assets, libraries
-from lowres_ft.errors import AssetError, ModelError, nearest
+from lowres_ft.errors import AssetError, ModelError, first_line, nearest
 from lowres_ft.files import cached_sha256
 from lowres_ft.recipe import ModelSpec
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_FROM_HUB = ["*/*", "consolidated*"]  # other forms of the same weights
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+"""Files of which a tokenizer has at least one."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -39,11 +41,20 @@ class Base:
         return content
 
     def identity(self) -> dict[str, str]:
-        """Hashes of the config and of the weights (for shards: of the sorted list of names and hashes)."""
+        """Hashes of the config, the vocabulary and the weights (for shards: of the sorted list of names and hashes)."""
         hashes = [(name, cached_sha256(self.folder / name)) for name in weight_files(self.folder)]
         listed = "".join(f"{digest}  {name}\n" for name, digest in hashes)
         weights = hashes[0][1] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
-        return {"config_sha256": cached_sha256(self.folder / "config.json"), "weights_sha256": weights}
+        return {
+            "config_sha256": cached_sha256(self.folder / "config.json"),
+            "weights_sha256": weights,
+            "tokenizer_sha256": self._tokenizer_hash(),
+        }
+
+    def _tokenizer_hash(self) -> str:
+        """Hash of the file that holds the vocabulary; empty without one."""
+        found = [path for pattern in VOCABULARIES for path in sorted(self.folder.glob(pattern))]
+        return cached_sha256(found[0]) if found else ""
 
 
 def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
@@ -54,10 +65,13 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
         ModelError: What is there is no model with safetensors weights.
     """
     base = spec.base
+    expanded = Path(os.path.expanduser(base))  # as given, where there is no such user
+    if spec.revision is not None and (base.startswith("starter:") or expanded.is_dir()):
+        raise ModelError(f"model.revision is for bases of the Hub, and {base} is none", hint="Leave it out.")
     if base.startswith("starter:"):
         found = _starter(base, progress)
-    elif (folder := Path(base).expanduser()).is_dir():
-        found = Base(base, folder, str(folder.resolve()))
+    elif expanded.is_dir():
+        found = Base(base, expanded, str(expanded.resolve()))
     elif base.startswith((".", "/", "~")) or len(Path(base).parts) > 2:
         raise ModelError(f"model.base: no folder {base}", hint=f"The current folder is {Path.cwd()}.")
     else:
@@ -72,9 +86,11 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         ModelError: The index of its shards is broken, names a file that is missing, or leaves the folder.
     """
+    if (folder / "model.safetensors").is_file():  # which transformers takes before shards
+        return ["model.safetensors"]
     index = folder / _INDEX
     if not index.is_file():
-        return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+        return []
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -109,7 +125,7 @@ def _hub(base: str, revision: str | None) -> Base:
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise AssetError(
-            f"model.base: '{base}' cannot be had from the Hub{offline}: {str(error).strip().splitlines()[0]}",
+            f"model.base: '{base}' cannot be had from the Hub{offline}: {first_line(error)}",
             hint=f"Without a network, use a folder or a starter: {', '.join(starters)}.",
         ) from error
     folder = Path(found)

@@ -6,6 +6,7 @@ plan's business and changes nothing but rounding.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from lowres_ft.data import Rows
+from lowres_ft.files import writing
 from lowres_ft.model import Adapted
 from lowres_ft.tasks.base import IGNORED, Batch, Encoded
 
@@ -39,7 +41,7 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of each sequence."""
         return np.diff(self.starts)
@@ -67,7 +69,7 @@ def tokenize(adapted: Adapted, rows: Rows, path: Path) -> Tokens:
     """Tokenize a split into files at `path` (.ids and .targets), which are then memory-mapped."""
     files = [path.with_suffix(ending) for ending in (".ids", ".targets")]
     counts: list[list[int]] = [[0], [0]]
-    with open(files[0], "wb") as ids, open(files[1], "wb") as targets:
+    with writing(path), open(files[0], "wb") as ids, open(files[1], "wb") as targets:
         examples = rows.examples(adapted.task)
         while part := [example for _, example in zip(range(_AT_ONCE), examples, strict=False)]:
             for encoded in adapted.task.encode(adapted.tokenizer, part):

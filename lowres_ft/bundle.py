@@ -13,9 +13,9 @@ from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
 from lowres_ft.border import peft_config, peft_tensors, read_adapter, read_tensors
-from lowres_ft.device import Dtype, Machine
+from lowres_ft.device import Dtype, Machine, versions
 from lowres_ft.errors import BundleError, LowresError, ModelError
-from lowres_ft.files import cached_sha256, sha256, write_bytes, write_json
+from lowres_ft.files import sha256, write_bytes, write_json, writing
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
@@ -46,6 +46,7 @@ class BaseRecord(Spec):
     revision: str | None
     config_sha256: str
     weights_sha256: str
+    tokenizer_sha256: str
 
 
 class Passport(Spec):
@@ -60,12 +61,13 @@ class Passport(Spec):
     dtype: Dtype
     """What computed in training; evaluation and prediction compute in it too."""
     plan: Plan
-    tokenizer_sha256: str
     scores: dict[str, Any]
     data: dict[str, str]
     """A hash of each split's texts and labels."""
     versions: dict[str, str]
     machine: str
+    host: str
+    """Hash of the host that wrote the bundle, where its logits repeat to the bit."""
     files: dict[str, FileRecord] = Field(default={})
     """Every other file of the bundle."""
 
@@ -86,7 +88,9 @@ class Bundle:
             ModelError, AssetError: There is none.
         """
         spec = self.recipe.model
-        if place is not None:
+        if place is None and spec.base == self.passport.base.name:  # on the Hub, the very commit
+            spec = spec.model_copy(update={"revision": self.passport.base.revision})
+        elif place is not None:
             spec = spec.model_copy(update={"base": place, "revision": None})
         try:
             found = bases.resolve(spec, progress)
@@ -150,22 +154,28 @@ class Bundle:
         Raises:
             BundleError: They differ by more than they may.
         """
+        needs_base = not self.recipe.method.trains_base
         probed = self.probe()
         if probed is None:
-            if not self.recipe.method.trains_base:
+            if needs_base:
                 self.base(base, progress)
-            return Verified(len(self.passport.files), 0, None, exact=False)
+            return Verified(len(self.passport.files), needs_base, 0, None, exact=False)
         adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
         found = probed.outputs(adapted)
         gap = float((found - read_tensors(self.folder / PROBE)["logits"]).abs().max())
         ours = self.passport
-        same = (ours.machine, ours.versions, ours.plan.threads) == (machine.name, versions(), plan.threads)
+        same = (ours.host, ours.plan.device, ours.versions, ours.plan.threads) == (
+            machine.host,
+            plan.device,
+            versions(),
+            plan.threads,
+        )
         if not gap <= (0.0 if same else _TOLERANCE):
             raise BundleError(
                 f"{self.folder}: the logits of the probe rows differ from those recorded by up to {gap:.2g}",
                 hint="The adapter does not do here what it did where it was made; see `lowres.json` for versions.",
             )
-        return Verified(len(ours.files), len(found), gap, exact=same)
+        return Verified(len(ours.files), needs_base, len(found), gap, exact=same)
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,8 @@ class Verified:
     """What `verify` compared."""
 
     files: int
+    base: bool
+    """False for a bundle that is a whole model, which needs no base."""
     probe_rows: int
     largest_difference: float | None
     """Of the probe rows' fp32 logits; None without a probe."""
@@ -211,7 +223,7 @@ def open_bundle(folder: str | Path) -> Bundle:
 
 
 def _agree(bundle: Bundle) -> None:
-    """Compare what the passport says with the recipe and with PEFT's config."""
+    """Compare what the passport says with the recipe."""
     ours, theirs = bundle.passport, bundle.recipe
     labels = getattr(theirs.task, "labels", None) or ()
     said = {
@@ -228,7 +240,8 @@ def _agree(bundle: Bundle) -> None:
 def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
     """Write weights, tokenizer and recipe into a bundle's folder."""
     if resolved.method.trains_base:
-        model.save_plain(adapted, folder)
+        with writing(folder):
+            model.save_plain(adapted, folder)
     else:
         write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
         write_json(folder / "adapter_config.json", peft_config(adapted))
@@ -274,29 +287,9 @@ def passport(
         quantize=resolved.model.quantize,
         dtype=plan.dtype,
         plan=plan,
-        tokenizer_sha256=_tokenizer_hash(base.folder),
         scores=scores,
         data=data,
         versions=versions(),
         machine=machine.name,
+        host=machine.host,
     )
-
-
-def _tokenizer_hash(folder: Path) -> str:
-    """Hash of the file that holds the vocabulary."""
-    names = ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.txt", "vocab.json")
-    return next((cached_sha256(folder / name) for name in names if (folder / name).is_file()), "")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("lowres-ft", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

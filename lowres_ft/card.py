@@ -67,8 +67,8 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
             ]
         )
     labels = bundle.passport.labels
-    id2label = ", ".join(f"{index}: {json.dumps(label)}" for index, label in enumerate(labels))
-    label2id = json.dumps({label: index for index, label in enumerate(labels)})
+    id2label = ", ".join(f"{index}: {json.dumps(label, ensure_ascii=False)}" for index, label in enumerate(labels))
+    label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
     base = bundle.passport.base
     options = f", revision={json.dumps(base.revision)}" if base.revision else ""
     pad = "" if pad_token_id is None else f", pad_token_id={pad_token_id}"

@@ -116,12 +116,18 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     taken = split(rows, task, shares, recipe.train.seed)
     held |= {name: rows.take(taken[name]) for name in shares}
     train = rows.take(taken["train"][: spec.limit])
-    if len({task.class_of(label) for label in set(train.labels())}) < 2:
+    if lost := _classes(task, rows) - _classes(task, train):
         raise DataError(
-            f"data.limit={spec.limit} leaves rows of one class only", hint="Raise it, or leave it out for all rows."
+            f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row",
+            hint="Raise it, or leave it out.",
         )
     data = Data(task, train, held.get("validation"), held.get("test"))
     return replace(data, notes=tuple(_overlaps(data, spec)))
+
+
+def _classes(task: Task, rows: Rows) -> set[int]:
+    """The classes that rows have."""
+    return {task.class_of(label) for label in set(rows.labels())}
 
 
 def _overlaps(data: Data, spec: DataSpec) -> Iterator[str]:

@@ -1,11 +1,13 @@
 """What this machine is: its device, the dtypes that are fast on it, its processes and its peak memory."""
 
+import hashlib
 import os
-import resource
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ class Machine:
     dtype: Dtype
     """The fastest dtype that trains well here."""
     threads: int
+    host: str
+    """Hash of the host's name and processor: the place where bits are promised to repeat."""
     processes: int = 1
     rank: int = 0
 
@@ -40,50 +44,75 @@ def find(device: str = "auto") -> Machine:
     Raises:
         LowresError: The device that was asked for is not here.
     """
-    processes, rank, local = _launched()
+    processes, rank, local = _launched(device)
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = f"cuda:{local}" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    threads = torch.get_num_threads()
+    shared = (torch.get_num_threads(), _host(), processes, rank)
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise LowresError(f"no device is called '{device}'", hint="Use cpu, cuda, cuda:N or mps.") from error
     if kind == "cpu":
-        return Machine("cpu", _cpu_name(), "bfloat16" if _fast_bfloat16() else "float32", threads, processes, rank)
-    if kind == "cuda" and torch.cuda.is_available():
+        return Machine("cpu", _cpu_name(), "bfloat16" if _fast_bfloat16() else "float32", *shared)
+    if kind == "cuda" and (torch.device(device).index or 0) < torch.cuda.device_count():
         dtype: Dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-        return Machine(device, torch.cuda.get_device_name(device), dtype, threads, processes, rank)
+        return Machine(device, torch.cuda.get_device_name(device), dtype, *shared)
     if kind == "mps" and torch.backends.mps.is_available():
-        return Machine("mps", "Apple GPU", "float32", threads, processes, rank)
+        return Machine("mps", "Apple GPU", "float32", *shared)
     raise LowresError(f"the device '{device}' is not here", hint="`--device cpu` works everywhere.")
 
 
-def _launched() -> tuple[int, int, int]:
+def _launched(device: str) -> tuple[int, int, int]:
     """Number of processes, rank and local rank, as accelerate's launcher set them up."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 1, 0, 0
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     return state.num_processes, state.process_index, state.local_process_index
 
 
 def _fast_bfloat16() -> bool:
     """True where the processor has units for bf16 products; elsewhere bf16 is slower than fp32."""
-    has = torch.cpu.get_capabilities()
+    has = _capabilities()
     return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
+def _capabilities() -> Mapping[str, Any]:
+    """What the processor can do; PyTorch before 2.11 tells it by functions of its own."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
+    return {"amx_bf16": amx, "avx512_bf16": avx512}
+
+
 def _cpu_name() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or "processor")
+    return str(_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+
+
+def _host() -> str:
+    told = f"{platform.node()}|{platform.machine()}|{sorted(_capabilities().items())}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for package in ("lowres-ft", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in one exchange."""
     from accelerate.utils import reduce
 
-    flat: Tensor = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+    device = tensors[0].device
+    flat: Tensor = torch.cat([tensor.reshape(-1).to(device, torch.float32) for tensor in tensors])
     total = reduce(flat, reduction="sum")
     for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
@@ -115,5 +144,11 @@ def peak_bytes(device: str) -> int:
     """Most memory that this process held so far: allocated on a GPU, resident on a processor."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

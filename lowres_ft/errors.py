@@ -56,3 +56,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     spelled = {candidate.casefold(): candidate for candidate in known}
     matches = get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=0.6)
     return f" (did you mean '{spelled[matches[0]]}'?)" if matches else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -9,6 +9,7 @@ import torch
 
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
+from lowres_ft.errors import ModelError
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.spec import Spec
@@ -56,7 +57,11 @@ def outputs(adapted: Adapted, tokens: Tokens, plan: Plan) -> np.ndarray:
                 found[position] = output
     finally:
         adapted.model.train(was_training)
-    return np.stack([output for output in found if output is not None])
+    stacked = np.stack([output for output in found if output is not None])
+    if not np.isfinite(stacked).all():
+        first = tokens.where(np.flatnonzero(~np.isfinite(stacked.reshape(len(stacked), -1)).all(1))[:1])[0]
+        raise ModelError(f"the model's output is not a finite number, first for {first}", hint="Try --dtype float32.")
+    return stacked
 
 
 def targets(tokens: Tokens) -> np.ndarray:

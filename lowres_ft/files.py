@@ -97,7 +97,7 @@ def publish(folder: Path, place: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make the content of a file that a library wrote durable."""
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
 
 

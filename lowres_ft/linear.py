@@ -84,16 +84,18 @@ class AdaptedLinear(nn.Module):
         keep = None
         if self.dropout and self.lora_A is not None and self.keys is not None and self.keys.rows is not None:
             keep = _Keep(self.keys, self.name_key, self.dropout, x.shape)
+        flat = x.reshape(-1, self.in_features)  # here, as a view that leaves the function could not be changed in place
         y: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.scale, self.bias, self.lora_A, self.lora_B, self.scaling, keep
+            flat, self.weight, self.scale, self.bias, self.lora_A, self.lora_B, self.scaling, keep
         )
-        return y
+        return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
         """The adapter's update of the weight, (outputs, inputs) in fp32."""
         assert self.lora_A is not None
         assert self.lora_B is not None
-        return (self.lora_B.detach().double() @ self.lora_A.detach().double()).mul_(self.scaling).float()
+        b, a = (tensor.detach().cpu().double() for tensor in (self.lora_B, self.lora_A))  # MPS has no float64
+        return (b @ a).mul_(self.scaling).float().to(self.weight.device)
 
 
 class _Keep:
@@ -102,8 +104,11 @@ class _Keep:
     def __init__(self, keys: DropoutKeys, name_key: int, probability: float, shape: torch.Size) -> None:
         assert keys.rows is not None
         batch, length = len(keys.rows), keys.length
+        self.positions = shape[1] if len(shape) > 2 else 1
         if tuple(shape[:-1]) in ((batch, length), (batch,)):
             self.rows = keys.rows
+        elif tuple(shape[:-1]) == (batch * length,):  # texts one behind the other, as OPT flattens them
+            self.rows, self.positions = keys.rows, length
         elif shape[0] == 1:
             # An input that all examples share, such as DeBERTa's relative positions, is keyed by the step alone.
             self.rows = torch.full((1,), -1, device=keys.rows.device)
@@ -114,7 +119,6 @@ class _Keep:
                 hint="Use method.dropout=0, or leave that layer out with method.targets.",
             )
         self.key = _mix(keys.seed, keys.step, name_key)
-        self.positions = shape[1] if len(shape) > 2 else 1
         self.features = shape[-1]
         self.probability = probability
 
@@ -148,33 +152,32 @@ class _Adapted(torch.autograd.Function):
         scaling: float,
         keep: _Keep | None,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y = _frozen_product(flat, weight, scale, bias)
+        y = _frozen_product(x, weight, scale, bias)
         h = None
         if a is not None and b is not None:
-            dropped = flat if keep is None else keep.apply_(flat.clone())
+            dropped = x if keep is None else keep.apply_(x.clone())
             h = dropped @ a.to(x.dtype).t()
             y.addmm_(h, b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, weight, scale, a, b, h)
-        ctx.scaling, ctx.keep, ctx.shape = scaling, keep, x.shape
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x, weight, scale, a, b, h)
+        ctx.scaling, ctx.keep = scaling, keep
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, scale, a, b, h = ctx.saved_tensors
-        dy = grads[0].reshape(-1, weight.shape[0])
+        x, weight, scale, a, b, h = ctx.saved_tensors
+        dy = grads[0]
         dx = _frozen_product_backward(dy, weight, scale) if ctx.needs_input_grad[0] else None
         da = db = None
         if a is not None:
             dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
             db = (dy.t() @ h).float().mul_(ctx.scaling)
-            dropped = flat if ctx.keep is None else ctx.keep.apply_(flat.clone())
+            dropped = x if ctx.keep is None else ctx.keep.apply_(x.clone())
             da = (dh.t() @ dropped).float()
             if dx is not None and ctx.keep is None:
                 dx.addmm_(dh, a.to(dy.dtype))
             elif dx is not None:
                 dx.add_(ctx.keep.apply_(dh @ a.to(dy.dtype)))
-        return None if dx is None else dx.view(ctx.shape), None, None, None, da, db, None, None
+        return dx, None, None, None, da, db, None, None
 
 
 def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

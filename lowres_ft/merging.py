@@ -1,19 +1,22 @@
 """Merging an adapter into its base, and proof that nothing changed."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from lowres_ft import data, evaluate, model
+from lowres_ft import evaluate, model
 from lowres_ft.batches import Tokens, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.device import Machine
 from lowres_ft.errors import AssetError, BundleError, DataError, OutputError
-from lowres_ft.files import publish, scratch
+from lowres_ft.files import publish, writing
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
+from lowres_ft.prediction import held_out
 
 _LARGEST = 1e-3  # of an fp32 logit
 
@@ -51,14 +54,15 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
         raise BundleError(f"{bundle.folder} holds a whole model: there is nothing to merge")
     if out.exists():
         raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
-    with scratch(out.with_name(f"{out.name}.merging")) as work:
+    with _beside(out) as work:
         adapted, plan = bundle.load(machine, dtype="float32", quantize="none", base=base)
         compared = _compared(bundle, adapted, work, rows)
         before = compared.outputs(adapted, plan)
         folder = work / "model"
         model.merge(adapted)
-        model.save_plain(adapted, folder)
-        model.load_tokenizer(bundle.folder).save_pretrained(folder)
+        with writing(out):
+            model.save_plain(adapted, folder)
+            model.load_tokenizer(bundle.folder).save_pretrained(folder)
         adapted = replace(
             adapted, model=model.load_plain(bundle.recipe.task, folder, plan.device), adapted=(), heads=()
         )
@@ -69,6 +73,16 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
             merged = replace(merged, from_measured=float(np.abs(before - measured).max()))
         publish(folder, out)
     return merged
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder of our own on the disk of `out`, which goes afterwards."""
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    with folder as name:
+        yield Path(name)
 
 
 @dataclass(frozen=True)
@@ -82,24 +96,18 @@ class _Compared:
 
 def _compared(bundle: Bundle, adapted: Adapted, work: Path, rows: str | None) -> _Compared:
     """Rows that were asked for, else the recipe's test rows, else the probe rows."""
-    task, columns = bundle.recipe.task, bundle.recipe.data.columns
-    if rows is not None:
-        stored, seen = data.store(rows, task, columns, work / "rows.arrow")
-        task.check(seen)
-        return _labelled(rows, tokenize(adapted, stored, work / "rows"))
     try:
-        test = data.load(bundle.recipe, work).test
-        missing = "the recipe has no test rows"
+        found, source = held_out(bundle, work, rows)
     except (DataError, AssetError) as error:
-        test, missing = None, f"the recipe's data cannot be read ({error.message.splitlines()[0]})"
-    if test is not None:
-        return _labelled("the recipe's test rows", tokenize(adapted, test, work / "test"))
-    probe = bundle.probe()
-    if probe is None:
-        raise BundleError(
-            f"nothing to compare on: no probe rows in {bundle.folder}, and {missing}", hint="Give --data."
-        )
-    return _Compared(f"the bundle's probe rows, as {missing}", lambda found, plan: probe.outputs(found).numpy())
+        probe = bundle.probe()
+        if rows is not None:
+            raise
+        missing = error.message.splitlines()[0]
+        if probe is None:
+            told = f"nothing to compare on: no probe rows in {bundle.folder}, and {missing}"
+            raise BundleError(told, hint="Give --data.") from error
+        return _Compared(f"the bundle's probe rows; {missing}", lambda found, _: probe.outputs(found).numpy())
+    return _labelled(source, tokenize(adapted, found, work / "rows"))
 
 
 def _labelled(source: str, tokens: Tokens) -> _Compared:

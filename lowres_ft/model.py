@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lowres_ft import profiles, quantize
-from lowres_ft.bases import Base
-from lowres_ft.errors import ModelError
+from lowres_ft.bases import VOCABULARIES, Base
+from lowres_ft.errors import ModelError, first_line
 from lowres_ft.linear import AdaptedLinear, DropoutKeys
 from lowres_ft.methods.base import Method
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
-from lowres_ft.tasks.base import Task
+from lowres_ft.tasks.base import Batch, Task
 
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
 
@@ -91,17 +91,19 @@ def load(
     tokenizer = tokenizer or load_tokenizer(base.folder)
     dtype = getattr(torch, plan.dtype)
     model, heads = _load_model(recipe, base, profile.heads, plan, tokenizer)
-    _require_distinct(model, heads)
     keys = DropoutKeys(recipe.train.seed)
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
     if not recipe.method.trains_base:
         chosen = _adapt(model, recipe, heads, keys)
+        _require_distinct(model, heads)
         for head in heads:
             module = model.get_submodule(head).float().requires_grad_(True)
             module.register_forward_pre_hook(_to_float32)
     model.train(recipe.model.dropout > 0)
-    return Adapted(model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype)
+    adapted = Adapted(model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype)
+    _require_padding_without_effect(adapted)
+    return adapted
 
 
 def merge(adapted: Adapted) -> None:
@@ -135,7 +137,9 @@ def save_plain(adapted: Adapted, folder: Path) -> None:
 def load_plain(task: Task, folder: Path, device: str) -> PreTrainedModel:
     """Load what `save_plain` wrote in fp32, as any other program would."""
     with profiles.quiet():
-        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(folder, dtype=torch.float32)
+        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
     loaded.to(device).eval()
     return loaded
 
@@ -146,12 +150,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: It cannot be loaded, or has no token to pad with.
     """
-    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):  # transformers would make an empty tokenizer
-        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
+    if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # transformers would make an empty tokenizer
+        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{folder}: no tokenizer can be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{folder}: no tokenizer can be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"{folder}: the tokenizer has neither a padding nor an end-of-text token")
@@ -166,8 +170,8 @@ def _load_model(
     """The model and the names of its heads: the task's, and every module that the files did not fill."""
     task = recipe.task
     config = profiles.config(base, task)
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    # The model must look for the very token that pads: a decoder classifies by the last one that is another.
+    config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if recipe.model.dropout:
         for field, value in vars(config).items():
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
@@ -200,35 +204,75 @@ def _from_files(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 **options,
             )
-    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first}") from error
-    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    return model, _outermost(model, missing, base)
+    except (ValueError, OSError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first_line(error)}") from error
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
 
 
-def _outermost(model: PreTrainedModel, missing: set[str], base: Base) -> tuple[str, ...]:
-    """The modules to which missing weights belong: heads, or whole children of the base such as a pooler.
+def _outermost(model: PreTrainedModel, missing: set[str], mismatched: set[str], base: Base) -> tuple[str, ...]:
+    """The modules to which missing weights belong: the task's heads, and a pooler of the base.
 
     Raises:
-        ModelError: Embeddings or layers are missing, so the files are not this model's.
+        ModelError: Anything else of the base is missing or of another shape, so the files are not this model's.
     """
     found: dict[str, None] = {}
     prefix = model.base_model_prefix
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for key in sorted(missing - tied):
         parts = key.split(".")
-        name = ".".join(parts[:2] if parts[0] == prefix else parts[:1])
-        own = {f"{name}.{inner}" for inner in model.get_submodule(name).state_dict()} if len(parts) > 1 else set()
-        if parts[0] == prefix and not own <= missing:
+        inside = parts[0] == prefix
+        name = ".".join(parts[:2] if inside else parts[:1])
+        if inside and (key in mismatched or "pool" not in parts[1]):
+            how = "hold another shape of" if key in mismatched else "lack"
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ModelError(
-                f"{base.folder}: the weights lack {key} and {len(missing) - 1} more, so they are not this model's",
-                hint="Is it the folder of another architecture, or a broken download?",
+                f"{base.folder}: the weights {how} {key}{more}, so they are not this model's",
+                hint="Is it the folder of another architecture, an edited config.json, or a broken download?",
             )
         found[name] = None
     return tuple(found)
+
+
+def _require_padding_without_effect(adapted: Adapted) -> None:
+    """Refuse a model that answers differently when a text stands padded beside a longer one.
+
+    Told by the difference that padding makes to a text, against the difference to another text.
+
+    Raises:
+        ModelError: Padding changes the answer, as with XLNet, which looks at the last position.
+    """
+    special = set(adapted.tokenizer.all_special_ids)
+    plain = [index for index in range(len(adapted.tokenizer)) if index not in special]
+    words = [plain[len(plain) * at // 12] for at in range(12)]
+    short, long = torch.tensor([words[:4]]), torch.tensor([words[4:]])
+    padded = torch.full_like(long, adapted.tokenizer.pad_token_id or 0)
+    padded[:, :4] = short
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, 4:] = 0
+    alone = _answers(adapted, short, torch.ones_like(short))
+    together = _answers(adapted, torch.cat([padded, long]), mask)
+    if (alone[0] - together[0]).norm() > 0.25 * (together[0] - together[1]).norm() + 1e-6:
+        kind = adapted.base.config().get("model_type")
+        raise ModelError(
+            f"{adapted.base.source} (model_type {kind!r}) answers differently when a text is padded on the right",
+            hint="Its answers would depend on what stands beside a text; choose another base.",
+        )
+
+
+def _answers(adapted: Adapted, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, ...) outputs for token ids (B, T)."""
+    rows = torch.arange(len(ids))
+    batch = Batch(*(part.to(adapted.device) for part in (ids, mask, rows[:, None], rows)))
+    was_training = adapted.model.training
+    adapted.model.eval()
+    with torch.inference_mode(), adapted.computing():
+        found: Tensor = adapted.task.outputs(adapted.model, batch).float()
+    adapted.model.train(was_training)
+    return found
 
 
 def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:

@@ -2,15 +2,11 @@
 
 import itertools
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lowres_ft import (
@@ -34,13 +30,16 @@ from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
-from lowres_ft.errors import OutputError
+from lowres_ft.errors import BundleError
 from lowres_ft.evaluate import Baseline, Scores
 from lowres_ft.events import Evaluated, Fetching, Listener, Note, Stage, Trained, unheard
+from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
+from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
+from lowres_ft.runs import Place, run_folder
 from lowres_ft.train import Step, TrainState
 
 
@@ -59,7 +58,7 @@ def run(
     machine = device.find(device_name)
     if machine.rank:
         listen = unheard
-    with _run_folder(recipe, out, machine) as place:
+    with run_folder(recipe.name, out, machine) as place:
         listen(Stage(f"reading {recipe.data.train}"))
         rows = data.load(recipe, place.work, _progress(listen))
         for text in rows.notes:
@@ -84,8 +83,8 @@ class Rehearsal:
     adapted: int
     """Linear layers that are adapted."""
     trainable_parameters: int
-    parameters: int
     steps: int
+    profile: Profile
     plan: Plan
 
 
@@ -101,100 +100,16 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         sizes = {name: len(split) for name, split in rows.splits().items()}
         profile = profiles.profile(bases.resolve(recipe.model, _progress(listen)), rows.task)
     chosen = profiles.targets(recipe.method, profile.linears)
+    profiles.require_length(profile, recipe.task)
     return Rehearsal(
         rows=sizes,
         labels=tuple(getattr(rows.task, "labels", None) or ()),
         adapted=len(chosen),
         trainable_parameters=profiles.trainable(recipe.method, profile),
-        parameters=profile.parameters,
+        profile=profile,
         steps=train.total_steps(recipe.train, sizes["train"]),
         plan=plans.make(recipe, profile, machine),
     )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a run writes. Processes other than the first write to a folder of their own, which goes afterwards."""
-
-    out: Path
-    folder: Path
-
-    @property
-    def work(self) -> Path:
-        """Rows and tokens, gone after the run."""
-        return self.folder / "work"
-
-    @property
-    def draft(self) -> Path:
-        """The bundle while it is written."""
-        return self.folder / "bundle"
-
-
-@contextmanager
-def _run_folder(recipe: Recipe, out: str | Path | None, machine: Machine) -> Iterator[_Place]:
-    """`<out>.run`, locked; it goes when the bundle stands, or when the run fails before it has trained a step."""
-    if machine.rank:
-        with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
-            place = _Place(Path(device.same_for_all(machine, "")), Path(folder))
-            place.work.mkdir()
-            yield place
-        return
-    place, lock = _claim(recipe, out)
-    device.same_for_all(machine, str(place.out))
-    kept = False
-    try:
-        yield place
-    except BaseException as stopped:
-        kept = _has_steps(place)
-        what = f"{place.folder} keeps plan.json and metrics.jsonl" if kept else "nothing was kept"
-        stopped.add_note(f"no bundle was written; {what}")
-        raise
-    finally:
-        lock.release()
-        shutil.rmtree(place.work, ignore_errors=True)
-        shutil.rmtree(place.draft, ignore_errors=True)
-        if not kept:
-            shutil.rmtree(place.folder, ignore_errors=True)
-
-
-def _has_steps(place: _Place) -> bool:
-    path = place.folder / "metrics.jsonl"
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _claim(recipe: Recipe, out: str | Path | None) -> tuple[_Place, FileLock]:
-    """Lock the run folder of `out`, or of the first free default name.
-
-    Raises:
-        OutputError: `out` exists, another run is writing there, or it cannot be written.
-    """
-    first = Path(out) if out is not None else Path("runs") / recipe.name
-    for number in itertools.count(1):
-        place = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        if place.exists() and out is None:
-            continue
-        if place.exists():
-            raise OutputError(f"{place} exists", hint="Choose another place with --out, or remove it.")
-        folder = place.with_name(f"{place.name}.run")
-        with files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if out is None:
-                    continue
-                raise OutputError(
-                    f"another run is writing to {folder}", hint="Wait, or choose another --out."
-                ) from None
-            for leftover in folder.iterdir():  # of a run that was killed
-                if leftover.name != "lock":
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            found = _Place(place, folder)
-            found.work.mkdir()
-            found.draft.mkdir()
-            return found, lock
-    raise AssertionError("there is always a next number")
 
 
 @dataclass(frozen=True)
@@ -206,12 +121,15 @@ class _Draft:
     expected: Tensor | None
 
 
-def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: _Place, listen: Listener) -> _Draft | None:
+def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
     base = bases.resolve(resolved.model, _progress(listen))
     profile = profiles.profile(base, resolved.task)
     profiles.targets(resolved.method, profile.linears)  # a wrong name is told before any weight is read
+    profiles.require_length(profile, resolved.task)
     plan = plans.make(resolved, profile, machine)
+    if plan.pinned_cut:
+        listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
     adapted = model.load(resolved, base, profile, plan)
@@ -225,26 +143,47 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: _Place, l
     listen(Stage("scoring beside the baselines"))
     predicted = {name: evaluate.outputs(adapted, tokens[name], plan) for name in tokens if name != "train"}
     scores, baselines = _scores(resolved, rows, tokens, predicted)
-    found = report.make(resolved, plan, adapted, measured, scores, baselines, rows.notes)
+    notes = list(rows.notes)
+    if baselines and len(rows.train) > rows.task.baseline_rows:
+        notes.append(f"the baselines saw {rows.task.baseline_rows:,} of {len(rows.train):,} training rows")
+        listen(Note(notes[-1]))
+    found = report.make(resolved, plan, adapted, measured, scores, baselines, notes)
     passport = bundle.passport(adapted, resolved, plan, machine, found["scores"], rows.fingerprint())
     draft = Bundle(place.draft, passport, resolved)
     bundle.write(draft.folder, adapted, resolved)
     found["adapter_bytes"] = report.adapter_bytes(draft.folder)
     files.write_json(draft.folder / "report.json", found)
-    pad = adapted.model.config.pad_token_id if base.config().get("pad_token_id") is None else None
+    pad = adapted.model.config.pad_token_id
+    pad = None if pad == base.config().get("pad_token_id") else pad
     files.write_bytes(draft.folder / "README.md", card.render(draft, found, pad_token_id=pad).encode())
-    probe = probes.make_probe(tokens.get("validation", tokens["train"]), resolved.data.probe_rows, adapted)
+    _require_same_tokens(draft.folder, rows, tokens, adapted)
+    # Rows of train are not given away: without validation there is no probe.
+    held_out = tokens.get("validation")
+    probe = None if held_out is None else probes.make_probe(held_out, resolved.data.probe_rows, adapted)
     return _Draft(draft, probe, None if probe is None else probe.outputs(adapted))
 
 
+def _require_same_tokens(folder: Path, rows: Data, tokens: dict[str, Tokens], adapted: Adapted) -> None:
+    """See that the tokenizer that was written, loaded again, makes the ids that were trained on.
+
+    Raises:
+        BundleError: It does not.
+    """
+    written = model.load_tokenizer(folder)
+    few = list(itertools.islice(rows.train.examples(rows.task), 64))
+    for position, encoded in enumerate(adapted.task.encode(written, few)):
+        if encoded.ids != tokens["train"].sequence(position).tolist():
+            raise BundleError(f"the tokenizer, saved and loaded again, reads {few[position].where} differently")
+
+
 def _fit(
-    state: TrainState, tokens: dict[str, Tokens], plan: Plan, machine: Machine, place: _Place, listen: Listener
+    state: TrainState, tokens: dict[str, Tokens], plan: Plan, machine: Machine, place: Place, listen: Listener
 ) -> Measured:
     """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model."""
     spec, task = state.spec, state.adapted.task
     every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
     steps: list[Step] = []
-    with open(place.folder / "metrics.jsonl", "w", buffering=1, encoding="utf-8") as log:
+    with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
         for step in train.train(state, tokens["train"], plan, machine):
             steps.append(step)
             log.write(json.dumps(asdict(step)) + "\n")
@@ -252,6 +191,7 @@ def _fit(
             if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
                 predicted = evaluate.outputs(state.adapted, tokens["validation"], plan)
                 value = task.metrics(evaluate.targets(tokens["validation"]), predicted)[task.metric]
+                value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
                 state.record(value)
                 log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")
                 listen(Evaluated(step.number, task.metric, value))

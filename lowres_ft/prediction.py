@@ -8,6 +8,7 @@ from typing import Any
 from lowres_ft import data, evaluate, readers
 from lowres_ft.batches import in_memory, tokenize
 from lowres_ft.bundle import Bundle
+from lowres_ft.data import Rows
 from lowres_ft.errors import DataError
 from lowres_ft.evaluate import Scores
 from lowres_ft.model import Adapted
@@ -61,7 +62,7 @@ def examples(bundle: Bundle, file: str) -> Iterator[Example]:
     path = Path(file)
     if path.suffix.lower() not in readers.ENDINGS:
         if not path.is_file():
-            raise DataError(f"no file {file}")
+            raise DataError(f"no file {file}", hint=f"The current folder is {Path.cwd()}.")
         for number, line in readers.lines(path, file):
             if line.strip():
                 yield Example(f"{file}:{number}", line.rstrip("\r\n"))
@@ -72,23 +73,34 @@ def examples(bundle: Bundle, file: str) -> Iterator[Example]:
         yield bundle.recipe.task.read(data.by_role(row, where, roles, columns), where)
 
 
-def evaluate_bundle(
-    bundle: Bundle, adapted: Adapted, plan: Plan, work: Path, source: str | None = None
-) -> tuple[Scores, int]:
-    """Score a bundle's model on a data source, else on the recipe's test rows; return the scores and the row count.
+def held_out(bundle: Bundle, work: Path, source: str | None) -> tuple[Rows, str]:
+    """Rows to score a bundle on, and what they are: a data source, else the recipe's own test rows.
 
     Raises:
-        DataError: The rows cannot be read, or the recipe has no test rows.
+        DataError: The rows cannot be read, there are none, or the recipe's data is not what was trained on.
     """
     task = bundle.recipe.task
     if source is not None:
         rows, seen = data.store(source, task, bundle.recipe.data.columns, work / "rows.arrow")
         task.check(seen)
-    else:
-        test = data.load(bundle.recipe, work).test
-        if test is None:
-            raise DataError("the recipe has no test rows", hint="Say which rows with --data.")
-        rows = test
+        return rows, source
+    found = data.load(bundle.recipe, work)
+    if found.test is None:
+        raise DataError("the recipe has no test rows", hint="Say which rows with --data.")
+    if found.fingerprint() != bundle.passport.data:
+        raise DataError(
+            f"the rows of {bundle.recipe.data.train} have changed since training, so its test rows are not the same",
+            hint="Say which rows with --data.",
+        )
+    return found.test, "the recipe's test rows"
+
+
+def evaluate_bundle(bundle: Bundle, adapted: Adapted, plan: Plan, work: Path, source: str | None = None) -> Scores:
+    """Score a bundle's model on a data source, else on the recipe's test rows.
+
+    Raises:
+        DataError: There are no such rows; see `held_out`.
+    """
+    rows, _ = held_out(bundle, work, source)
     tokens = tokenize(adapted, rows, work / "rows")
-    scores = evaluate.score(task, evaluate.targets(tokens), evaluate.outputs(adapted, tokens, plan))
-    return scores, len(rows)
+    return evaluate.score(bundle.recipe.task, evaluate.targets(tokens), evaluate.outputs(adapted, tokens, plan))

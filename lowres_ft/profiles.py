@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lowres_ft.bases import Base
-from lowres_ft.errors import ModelError, nearest
+from lowres_ft.errors import ModelError, first_line, nearest
 from lowres_ft.methods.base import Method
 from lowres_ft.tasks.base import Task
 
@@ -44,6 +44,8 @@ class Profile:
     hidden: int
     attention_heads: int
     vocabulary: int
+    positions: int | None
+    """Longest text that the base can take, in tokens; None where positions are computed, not learned."""
     fused_attention: bool
     """True where transformers' model can use PyTorch's fused attention."""
 
@@ -56,7 +58,7 @@ def profile(base: Base, task: Task) -> Profile:
     """
     settings = config(base, task)
     with torch.device("meta"), quiet():
-        model = auto_class(task).from_config(settings)
+        model = _built(task, settings, base)
     heads = head_names(model)
     linears = tuple(Linear(name, *widths(module)) for name, module in linear_layers(model, heads))
     text = settings.get_text_config()
@@ -69,8 +71,41 @@ def profile(base: Base, task: Task) -> Profile:
         hidden=int(getattr(text, "hidden_size", 0)),
         attention_heads=int(getattr(text, "num_attention_heads", 0)),
         vocabulary=int(getattr(text, "vocab_size", 0)),
+        positions=_positions(model),
         fused_attention=bool(model._supports_sdpa),  # noqa: SLF001 (there is no public name for it)
     )
+
+
+def _built(task: Task, settings: Any, base: Base) -> PreTrainedModel:
+    try:
+        model = auto_class(task).from_config(settings, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{base.source} cannot be used for {task.kind}: {first_line(error)}") from error
+    if not hasattr(model, model.base_model_prefix):
+        raise ModelError(f"{base.source}: {type(model).__name__} has no base to fine-tune beside its head")
+    return model
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Rows of a learned table of positions, less those that RoBERTa and OPT leave before the first one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe", "embed_positions")):
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - max(before, int(getattr(module, "offset", 0)))
+    return None
+
+
+def require_length(profile: Profile, task: Task) -> None:
+    """Refuse texts that are longer than the base can take.
+
+    Raises:
+        ModelError: `task.max_length` is beyond the base's learned positions.
+    """
+    if profile.positions is not None and task.max_length > profile.positions:
+        raise ModelError(
+            f"task.max_length is {task.max_length}, but this base has positions for {profile.positions} tokens",
+            hint=f"Use task.max_length={profile.positions} or less.",
+        )
 
 
 def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
@@ -122,7 +157,7 @@ def config(base: Base, task: Task) -> Any:
         ModelError: transformers does not know that kind of model.
     """
     try:
-        return AutoConfig.from_pretrained(base.folder, **task.model_config_fields())
+        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, **task.model_config_fields())
     except (ValueError, OSError, KeyError) as error:
         kind = base.config().get("model_type")
         raise ModelError(

@@ -47,7 +47,7 @@ class DataSpec(Spec):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N rows of train after the seeded shuffle."""
     probe_rows: int = Field(default=8, ge=0, le=256)
-    """Validation rows whose token ids and logits lie in the bundle for `verify`; 0 leaves them out."""
+    """Validation rows whose token ids and logits lie in the bundle for `verify`; 0, or no validation, for none."""
 
 
 class EarlyStopping(Spec):
@@ -181,6 +181,10 @@ def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[
         conflict = parts["method"].conflict(parts["model"].quantize)
         if conflict:
             found["method.kind"] = conflict
+    if "train" in parts and "data" in parts and parts["data"].validation is None:
+        for key in ("early_stopping", "evaluate_every"):
+            if getattr(parts["train"], key) is not None:
+                found[f"train.{key}"] = "needs rows to evaluate on, but data.validation is null"
     data = values.get("data")
     columns = data.get("columns") if isinstance(data, dict) else None
     if "task" in parts and isinstance(columns, dict):

@@ -1,11 +1,12 @@
 """report.json: what was planned and what was measured. Other programs rely on its keys."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import bundle
+from lowres_ft.bundle import PROBE
+from lowres_ft.device import versions
 from lowres_ft.evaluate import Baseline, Scores
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
@@ -46,7 +47,7 @@ def make(
     measured: Measured,
     scores: Mapping[str, Scores],
     baselines: Mapping[str, Baseline],
-    notes: tuple[str, ...],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """The content of report.json, but for `adapter_bytes`, which is known once the adapter is written."""
     trained = sum(parameter.numel() for parameter in adapted.trained().values())
@@ -58,10 +59,10 @@ def make(
         "scores": {split: found.to_json() for split, found in scores.items()},
         "baselines": {name: baseline.to_json() for name, baseline in baselines.items()},
         "notes": list(notes),
-        "versions": bundle.versions(),
+        "versions": versions(),
     }
 
 
 def adapter_bytes(folder: Path) -> int:
     """Size of the weights in a bundle's folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != bundle.PROBE)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROBE)

@@ -172,7 +172,7 @@ def _gradients(
     mine = positions[machine.rank :: machine.processes]
     while True:
         state.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64)  # on the processor: MPS has no float64
         for part in cut(mine, tokens.lengths, plan.micro_batch_tokens):
             summed = _backward(state, tokens, part, state.loss_scale / count)
             if not math.isfinite(summed):

@@ -17,7 +17,7 @@ LAYERS = (
     "recipe assets",
     "device linear quantize model data batches plan bases readers profiles guess",
     "train evaluate bundle border probes card merging prediction",
-    "report pipeline",
+    "report pipeline runs",
     "cli __main__",
 )
 LIGHT = 2

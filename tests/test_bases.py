@@ -29,6 +29,7 @@ def test_a_folder_is_known_by_its_path_and_hashes(bases: Bases):
     assert found.identity() == {
         "config_sha256": sha256((folder / "config.json").read_bytes()).hexdigest(),
         "weights_sha256": sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "tokenizer_sha256": sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     }
 
 
@@ -44,6 +45,7 @@ def test_shards_are_known_by_the_list_of_their_names_and_hashes(bases: Bases, tm
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "missing.safetensors", 3])
 def test_an_index_that_leaves_its_folder_is_refused(bases: Bases, tmp_path: Path, shard: object):
     folder = tiny.base(tmp_path / "base")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(ModelError, match="which is not a file of that folder"):
         resolve(folder)
@@ -52,6 +54,7 @@ def test_an_index_that_leaves_its_folder_is_refused(bases: Bases, tmp_path: Path
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_refused(tmp_path: Path, index: str):
     folder = tiny.base(tmp_path / "base")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match="is no index of weights"):
         resolve(folder)
@@ -85,6 +88,11 @@ def test_a_folder_that_is_no_model_is_told(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter"):
         resolve(tmp_path)
+
+
+def test_a_revision_is_for_the_hub(bases: Bases):
+    with pytest.raises(ModelError, match=r"model\.revision is for bases of the Hub"):
+        resolve(bases("bert"), revision="main")
 
 
 def test_a_hub_model_is_named_by_its_id_and_commit(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,30 @@ def test_files_obey_umask(trained: Trainer, mask: int):
     assert bundle.folder.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
+def test_on_another_host_logits_need_to_be_near_only(trained: Trainer):
+    bundle = trained()
+    path = bundle.folder / "probe.safetensors"
+    held = load_file(path)
+    for shift, host, passes in ((1e-5, "elsewhere", True), (1e-5, CPU.host, False), (0.1, "elsewhere", False)):
+        save_file(held | {"logits": held["logits"] + shift}, path)
+        changed = replace(bundle, passport=bundle.passport.model_copy(update={"host": host}))
+        if passes:
+            assert not changed.verify(CPU).exact
+        else:
+            with pytest.raises(BundleError, match="differ from those recorded"):
+                changed.verify(CPU)
+
+
+def test_labels_of_any_script_stand_in_the_card(bases: Bases, tmp_path: Path):
+    rows = tmp_path / "rows.csv"
+    labels = ("\N{THUMBS UP SIGN} \u2028", "差劲")
+    lines = [f"the film was {('good', 'bad')[n % 2]} {n},{labels[n % 2]}" for n in range(30)]
+    rows.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    bundle = run(recipe(bases(), rows, "task.labels=null"), tmp_path / "bundle", device_name="cpu")
+    card = (bundle.folder / "README.md").read_text(encoding="utf-8")
+    assert f'0: "差劲", 1: "{labels[0]}"' in card
+
+
 def test_a_bundle_that_moved_still_works(trained: Trainer, tmp_path: Path):
     shutil.move(trained().folder, tmp_path / "mail")
     assert open_bundle(tmp_path / "mail").verify(CPU).exact
@@ -183,15 +208,33 @@ def test_files_to_predict_need_no_labels(bases: Bases, reviews: Path, tmp_path: 
         list(examples(bundle, str(tmp_path / "none.txt")))
 
 
+def test_rows_that_changed_since_training_are_not_scored(bases: Bases, reviews: Path, tmp_path: Path):
+    rows = tmp_path / "data.csv"
+    shutil.copy(reviews, rows)
+    bundle = run(recipe(bases(), rows), tmp_path / "bundle", device_name="cpu")
+    with rows.open("a") as file:
+        file.write("a new text,good\n")
+    with pytest.raises(DataError, match="have changed since training"):
+        evaluate_bundle(bundle, *bundle.load(CPU), tmp_path)
+    assert "have changed since training" in merge(bundle, tmp_path / "merged", CPU).source
+
+
+def test_outputs_that_are_not_numbers_are_no_predictions(trained: Trainer):
+    adapted, plan = trained().load(CPU)
+    with torch.no_grad():
+        adapted.trained()["classifier.bias"].fill_(float("nan"))
+    with pytest.raises(ModelError, match="not a finite number, first for text 1"):
+        list(Predictor(adapted, plan).texts(TEXTS))
+
+
 def test_evaluation_repeats_what_was_measured(trained: Trainer, tmp_path: Path, reviews: Path):
     bundle = trained("bert", "train.steps=10")
     report = json.loads((bundle.folder / "report.json").read_text())
     adapted, plan = bundle.load(CPU)
-    scores, rows = evaluate_bundle(bundle, adapted, plan, tmp_path)
-    assert rows == report["scores"]["test"]["accuracy"]["count"]
+    scores = evaluate_bundle(bundle, adapted, plan, tmp_path)
     assert json.loads(json.dumps(scores.to_json())) == report["scores"]["test"]
-    other, rows = evaluate_bundle(bundle, adapted, plan, tmp_path, str(reviews))
-    assert rows == 60
+    other = evaluate_bundle(bundle, adapted, plan, tmp_path, str(reviews))
+    assert other.metrics["accuracy"].count == 60
     assert 0 <= other.metrics["accuracy"].value <= 1
 
 

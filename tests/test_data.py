@@ -327,7 +327,7 @@ def test_shares_that_leave_nothing_to_train_on_are_refused(tmp_path: Path):
 
 
 def test_a_limit_that_leaves_one_class_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"data\.limit=1 leaves rows of one class only") as error:
+    with pytest.raises(DataError, match=r"data\.limit=1 leaves 1 of the classes without a row") as error:
         load(write(tmp_path / "a.csv", TEN), "data.limit=1")
     assert "Raise it" in error.value.hint
 

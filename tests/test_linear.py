@@ -180,8 +180,15 @@ def test_an_input_that_cannot_be_keyed_is_refused():
     layer = identity(0.5)
     assert layer.keys is not None
     layer.keys.set(2, torch.tensor([1, 2]), length=5)
-    with pytest.raises(ModelError, match=r"shape \(10, 64\) for 2 texts of 5 tokens"):
-        layer(torch.ones(10, 64))
+    with pytest.raises(ModelError, match=r"shape \(5, 2, 64\) for 2 texts of 5 tokens"):
+        layer(torch.ones(5, 2, 64))
+
+
+def test_texts_that_are_flattened_one_behind_the_other_get_the_same_mask():
+    layer = identity(0.5)
+    assert layer.keys is not None
+    layer.keys.set(2, torch.tensor([1, 2]), length=5)
+    torch.testing.assert_close(layer(torch.ones(10, 64)).view(2, 5, 64), layer(torch.ones(2, 5, 64)))
 
 
 def test_without_keys_there_is_no_dropout():

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from lowres_ft.bundle import Bundle
-from lowres_ft.errors import DataError, ModelError, OutputError
+from lowres_ft.errors import DataError, ModelError, OutputError, TrainingError
 from lowres_ft.events import Evaluated, Event, Note, Trained
 from lowres_ft.pipeline import rehearse, run
 from tests import tiny
@@ -118,6 +118,25 @@ def test_two_runs_in_one_folder_are_refused(bases: Bases, reviews: Path, tmp_pat
         run(recipe(bases(), reviews), tmp_path / "bundle", device_name="cpu")
 
 
+def test_a_folder_of_the_users_is_not_taken(bases: Bases, reviews: Path, tmp_path: Path):
+    (tmp_path / "exp.run").mkdir()
+    (tmp_path / "exp.run" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"exp\.run is where the run would keep its files, but it holds notes\.txt"):
+        run(recipe(bases(), reviews), tmp_path / "exp", device_name="cpu")
+    assert [path.name for path in (tmp_path / "exp.run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_fails_in_mid_training_keeps_its_metrics(bases: Bases, reviews: Path, tmp_path: Path):
+    wanted = recipe(bases(), reviews, "train.steps=50", "train.learning_rate=1e30", "train.clip=null")
+    with pytest.raises(TrainingError, match="is not finite") as caught:
+        run(wanted, tmp_path / "bundle", device_name="cpu")
+    assert "keeps plan.json and metrics.jsonl" in caught.value.__notes__[0]
+
+
+def test_without_validation_no_row_of_train_is_given_away(trained: Trainer):
+    assert not (trained("bert", "data.validation=null").folder / "probe.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
@@ -159,7 +178,7 @@ def test_a_rehearsal_trains_nothing(bases: Bases, reviews: Path, tmp_path: Path,
     found = rehearse(recipe(bases(), reviews, "train.epochs=3", "train.steps=null"), device_name="cpu")
     assert found.rows == {"train": 48, "validation": 6, "test": 6}
     assert found.steps == 18
-    assert 0 < found.trainable_parameters < found.parameters
+    assert 0 < found.trainable_parameters < found.profile.parameters
     assert list(tmp_path.iterdir()) == []
 
 

@@ -72,6 +72,13 @@ def test_overrides_say_what_they_say(batch, decay, steps, fused):
     assert found == (batch, decay, steps, fused)
 
 
+def test_what_needs_validation_is_refused_without():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("sentiment-lora", ["data.validation=null", "train.early_stopping={}", "train.evaluate_every=5"])
+    for key in ("early_stopping", "evaluate_every"):
+        assert f"train.{key}: needs rows to evaluate on" in caught.value.message
+
+
 def test_labels_keep_their_spelling():
     task = load_recipe("sentiment-lora", ["task.labels=[no, 'null', '1e3', Very Good]"]).task
     assert task.labels == ("no", "null", "1e3", "Very Good")

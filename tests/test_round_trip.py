@@ -1,6 +1,7 @@
 """Every architecture: train two steps, save, load in a fresh process with our code and with PEFT's, compare."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lowres_ft.batches import in_memory
 from lowres_ft.errors import ModelError
 from lowres_ft.evaluate import outputs
 from lowres_ft.methods.lora import Lora
-from lowres_ft.pipeline import run
+from lowres_ft.pipeline import rehearse, run
 from lowres_ft.profiles import Linear
 from lowres_ft.recipe import Recipe
 from lowres_ft.tasks.base import Example
@@ -137,9 +138,105 @@ def test_weights_of_another_model_are_refused(bases: Bases, reviews: Path, tmp_p
     assert not (tmp_path / "bundle").exists()
 
 
+def test_architectures_with_traits_of_their_own_round_trip(bases: Bases, reviews: Path, tmp_path: Path):
+    names = ("deberta", "falcon", "opt")  # projections split in place, fused heads, texts flattened
+    compare({name: recipe(bases(name), reviews, "method.dropout=0.1") for name in names}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_every_architecture_trains_in_16_bits(bases: Bases, reviews: Path, tmp_path: Path, dtype: str, quantize: str):
+    for name in tiny.ARCHITECTURES:
+        wanted = recipe(bases(name), reviews, f"model.dtype={dtype}", f"model.quantize={quantize}", "data.test=null")
+        run(wanted, tmp_path / name, device_name="cpu")
+
+
+def test_a_base_that_answers_by_its_padding_is_refused(bases: Bases, reviews: Path, tmp_path: Path):
+    with pytest.raises(ModelError, match=r"'xlnet'.*answers differently when a text is padded"):
+        run(recipe(bases("xlnet"), reviews), tmp_path / "bundle", device_name="cpu")
+
+
+def test_the_models_padding_is_the_tokenizers(bases: Bases, reviews: Path, tmp_path: Path):
+    """Older Llama checkpoints name a padding id that their tokenizer does not use."""
+    folder = tiny.base(tmp_path / "base", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    compare({"llama": recipe(folder, reviews)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("llama", {"vocab_size": 40}, "hold another shape of model.embed_tokens.weight"),
+        ("gpt2", {"n_positions": 32}, "hold another shape of transformer.wpe.weight"),
+        ("bert", {"type_vocab_size": 3}, "hold another shape of bert.embeddings.token_type_embeddings.weight"),
+    ],
+)
+def test_an_edited_config_is_refused(
+    reviews: Path, tmp_path: Path, architecture: str, change: dict[str, int], message: str
+):
+    folder = tiny.base(tmp_path / "base", architecture)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    for method in ("lora", "head", "full"):
+        with pytest.raises(ModelError, match=message):
+            run(recipe(folder, reviews, f"method.kind={method}"), tmp_path / "bundle", device_name="cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_the_config_of_one_model_over_the_weights_of_another_is_refused(
+    bases: Bases, reviews: Path, tmp_path: Path, method: str
+):
+    folder = tiny.base(tmp_path / "base", "bert")
+    shutil.copy(bases("llama") / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(ModelError, match="the weights lack bert"):
+        run(recipe(folder, reviews, f"method.kind={method}"), tmp_path / "bundle", device_name="cpu")
+
+
+def test_truncated_weights_are_told(reviews: Path, tmp_path: Path):
+    folder = tiny.base(tmp_path / "base")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        run(recipe(folder, reviews), tmp_path / "bundle", device_name="cpu")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions"), [("bert", 64), ("roberta", 63), ("gpt2", 64), ("opt", 64), ("llama", None)]
+)
+def test_texts_longer_than_the_positions_are_refused_before_weights_are_read(
+    bases: Bases, reviews: Path, tmp_path: Path, architecture: str, positions: int | None
+):
+    wanted = recipe(bases(architecture), reviews, "task.max_length=100", "train.steps=1")
+    if positions is None:
+        assert rehearse(wanted, device_name="cpu").profile.positions is None
+        return
+    with pytest.raises(ModelError, match=f"max_length is 100, but this base has positions for {positions} tokens"):
+        rehearse(wanted, device_name="cpu")
+    long = tmp_path / "long.csv"
+    text = " ".join(tiny.WORDS * 5)
+    long.write_text("text,label\n" + "".join(f"{text} {n},{('good', 'bad')[n % 2]}\n" for n in range(20)))
+    fits = recipe(bases(architecture), long, f"task.max_length={positions}", "train.steps=1")
+    run(fits, tmp_path / "bundle", device_name="cpu")
+
+
+def test_code_that_comes_with_a_base_is_never_run(bases: Bases, reviews: Path, tmp_path: Path):
+    folder = tiny.base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    maps = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": maps}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(ModelError):
+        run(recipe(folder, reviews), tmp_path / "bundle", device_name="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_long_texts_use_fused_attention_where_the_base_has_it(bases: Bases, reviews: Path, tmp_path: Path):
     for architecture, expected in (("bert", "sdpa"), ("deberta-v2", "eager")):
-        prepared = prepare(recipe(bases(architecture), reviews, "task.max_length=200"), tmp_path / architecture)
+        prepared = prepare(
+            recipe(bases(architecture, max_position_embeddings=256), reviews, "task.max_length=200"),
+            tmp_path / architecture,
+        )
         assert prepared.plan.attention == expected
 
 

@@ -41,7 +41,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": _DECODER,
     "gemma3_text": _DECODER,
 }
-DECODERS = ("gpt2", "llama", "qwen3", "gemma", "gemma3_text")
+MORE: dict[str, dict[str, Any]] = {
+    "deberta": _ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64},
+    "opt": _ENCODER | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+}
+"""Architectures that are not among those promised, each for a trait of its own."""
+DECODERS = ("gpt2", "llama", "qwen3", "gemma", "gemma3_text", "falcon", "opt")
 
 
 def tokenizer(*, decoder: bool = False) -> PreTrainedTokenizerFast:
@@ -70,7 +77,7 @@ def tokenizer(*, decoder: bool = False) -> PreTrainedTokenizerFast:
 def base(folder: Path, architecture: str = "bert", *, seed: int = 0, **changes: Any) -> Path:
     """Write a base of an architecture, as from a hub: an encoder or decoder without a task's head."""
     words = tokenizer(decoder=architecture in DECODERS)
-    fields = ARCHITECTURES[architecture] | {"vocab_size": len(words)} | changes
+    fields = (ARCHITECTURES | MORE)[architecture] | {"vocab_size": len(words)} | changes
     fields["pad_token_id"] = words.pad_token_id
     if architecture in DECODERS:
         fields |= {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id}

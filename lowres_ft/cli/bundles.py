@@ -6,15 +6,23 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
 from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
 from lowres_ft.errors import DataError
 
+if TYPE_CHECKING:
+    from lowres_ft.bundle import Bundle
+    from lowres_ft.model import Adapted
+    from lowres_ft.plan import Plan
+
+    Loaded = tuple[Adapted, Plan]
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
+    DtypeName | None,
     typer.Option("--dtype", help="Compute with the unquantized base in this dtype.  [default: as it was trained]"),
 ]
 
@@ -31,17 +39,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a bundle, with 95 % intervals."""
-    from lowres_ft import device as devices
     from lowres_ft.bundle import open_bundle
     from lowres_ft.cli import summary
     from lowres_ft.prediction import evaluate_bundle
 
     opened = open_bundle(bundle)
-    with _fetching(quiet) as progress, tempfile.TemporaryDirectory(prefix="lowres-ft-") as work:
-        adapted, plan = opened.load(
-            devices.find(device), dtype=dtype, quantize="none" if dtype else None, base=base, progress=progress
-        )
-        scores, _ = evaluate_bundle(opened, adapted, plan, Path(work), data)
+    loaded = _loaded(opened, device, dtype, base, quiet)
+    with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work:
+        scores = evaluate_bundle(opened, *loaded, Path(work), data)
     print(json.dumps(scores.to_json()) if as_json else summary.scores_table(scores.to_json()))
 
 
@@ -63,7 +68,6 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Label texts."""
-    from lowres_ft import device as devices
     from lowres_ft import prediction
     from lowres_ft.bundle import open_bundle
 
@@ -72,11 +76,7 @@ def predict(
     if texts and file is not None:
         raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
     opened = open_bundle(bundle)
-    with _fetching(quiet) as progress:
-        loaded = opened.load(
-            devices.find(device), dtype=dtype, quantize="none" if dtype else None, base=base, progress=progress
-        )
-    predictor = prediction.Predictor(*loaded)
+    predictor = prediction.Predictor(*_loaded(opened, device, dtype, base, quiet))
     if texts and texts != ["-"]:
         found = predictor.texts(texts)
     elif file not in (None, "-"):
@@ -86,6 +86,15 @@ def predict(
     with _writing(out) as sink:
         for line in _lines(found, as_json):
             sink.write(line + "\n")
+
+
+def _loaded(bundle: "Bundle", device: str, dtype: DtypeName | None, base: str | None, quiet: bool) -> "Loaded":
+    """The model of a bundle, as it was trained or, where a dtype is named, on the unquantized base."""
+    from lowres_ft import device as devices
+
+    quantize = "none" if dtype else None
+    with _fetching(quiet) as progress:
+        return bundle.load(devices.find(device), dtype=dtype, quantize=quantize, base=base, progress=progress)
 
 
 def _typed() -> Iterator[str]:
@@ -169,7 +178,7 @@ def verify(
     if as_json:
         print(json.dumps(asdict(found)))
         return
-    print(f"{found.files} files are as the passport says; the base is the one recorded")
+    print(f"{found.files} files are as the passport says" + ("; the base is the one recorded" if found.base else ""))
     if found.largest_difference is None:
         print("the bundle holds no probe rows")
     else:

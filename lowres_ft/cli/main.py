@@ -1,6 +1,5 @@
 """The entry point: it catches what a user can mend, and turns signals into exit codes."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -54,15 +53,13 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Run the command line. Exit 2 for a LowresError, 130 and 143 for signals; anything else keeps its traceback."""
-    # OpenMP's threads spin while they wait. Where another program wants a core, spinning briefly is 1.6 times as fast,
-    # and no slower where none does (MiniLM, 2 threads).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
         app(prog_name="lowres-ft")
     except LowresError as error:
         _complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
+        _complain(*getattr(error, "__notes__", ()))
         sys.exit(2)
     except _Stopped as stopped:
         _complain("interrupted", *getattr(stopped, "__notes__", ()))

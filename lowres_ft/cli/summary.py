@@ -31,14 +31,17 @@ def run(folder: Path, report: dict[str, Any]) -> str:
 
 def rehearsal(recipe: Recipe, found: "Rehearsal") -> str:
     """What a run would do."""
+    profile = found.profile
     rows = ", ".join(f"{count:,} {name}" for name, count in found.rows.items())
-    share = found.trainable_parameters / found.parameters
+    share = found.trainable_parameters / profile.parameters
     plan = "  ".join(f"{key}={value}" for key, value in found.plan.model_dump(mode="json").items())
     return "\n".join(
         [
             f"{recipe.name}: {rows}; labels {', '.join(found.labels)}",
             f"{recipe.method.kind} on {found.adapted} layers trains {found.trainable_parameters:,} of "
-            f"{found.parameters:,} parameters ({share:.1%}) in {found.steps} steps",
+            f"{profile.parameters:,} parameters ({share:.1%}) in {found.steps} steps",
+            f"base: {profile.layers} layers of {profile.hidden}, {profile.attention_heads} attention heads, "
+            f"vocabulary {profile.vocabulary:,}",
             f"plan: {plan}",
             "nothing was trained",
         ]

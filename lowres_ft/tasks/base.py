@@ -72,6 +72,8 @@ class Task(Spec):
     """PEFT's name for the task."""
     metric: ClassVar[str]
     """The score that early stopping follows; greater is better."""
+    baseline_rows: ClassVar[int]
+    """Training rows that the baselines see at the most."""
 
     def model_config_fields(self) -> dict[str, Any]:
         """What the model's config must say about this task, such as its labels."""

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_LABELS = 1000
-BASELINE_ROWS = 100_000
-"""Training rows that the baselines see at the most; they hold their vocabulary in memory."""
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
@@ -43,6 +41,7 @@ class Classification(Task):
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str] = "SEQ_CLS"
     metric: ClassVar[str] = "accuracy"
+    baseline_rows: ClassVar[int] = 100_000  # TF-IDF holds its vocabulary in memory
 
     @field_validator("labels")
     @classmethod
@@ -201,7 +200,7 @@ class Classification(Task):
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        rows = list(itertools.islice(train, BASELINE_ROWS))
+        rows = list(itertools.islice(train, self.baseline_rows))
         targets = np.array([self.class_of(row.label or "") for row in rows])
         texts = [row.text for row in test]
         # One count is added to each class, so that a class that none of these rows has keeps a finite log loss.
