@@ -1,0 +1,177 @@
+"""The commands about bundles as a user types them, on a tiny base; and signals in the middle of a run."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowres_ft.bundle import Bundle
+from lowres_ft.cli.main import main
+from tests.conftest import recipe
+
+Bases = Callable[..., Path]
+Trainer = Callable[..., Bundle]
+
+
+@pytest.fixture
+def lowres(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command line; return its exit code, standard output and standard error."""
+
+    def call(*arguments: object, typed: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowres-ft", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_predict_prints_a_line_for_each_text(lowres: Command, trained: Trainer):
+    folder = trained().folder
+    code, out, _ = lowres("predict", folder, "the film was good", "dull\x1b[2J\nand long", "-q")
+    assert code == 0
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[2] for line in lines] == ["the film was good", "dull [2J and long"]
+    assert all(line[0] in ("bad", "good") and 0.5 <= float(line[1]) <= 1 for line in lines)
+
+
+def test_predict_reads_standard_input_and_files_and_writes_json(lowres: Command, trained: Trainer, tmp_path: Path):
+    folder = trained().folder
+    _, typed, _ = lowres("predict", folder, "-", "--json", "-q", typed="a good film\n\n很好 👍\n".encode())
+    _, same, _ = lowres("predict", folder, "--file", "-", "--json", "-q", typed="a good film\n很好 👍\n".encode())
+    assert typed == same
+    found = [json.loads(line) for line in typed.splitlines()]
+    assert [one["text"] for one in found] == ["a good film", "很好 👍"]
+    assert set(found[0]) == {"text", "label", "scores"}
+    (tmp_path / "in.csv").write_text('text,label\n"two\nlines",good\nfine,bad\n')
+    code, out, _ = lowres("predict", folder, "--file", tmp_path / "in.csv", "--json", "--out", tmp_path / "out", "-q")
+    assert (code, out) == (0, "")
+    written = [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()]
+    assert written == ["two\nlines", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "message"),
+    [
+        (["--file", "none.csv"], b"", "error: no file none.csv"),
+        (["-"], b"good\n\xff\xfe\n", "error: standard input is not utf-8"),
+        (["bad \udcff byte"], b"", "error: text 1 is not UTF-8 (at character 5)"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_error(
+    lowres: Command, trained: Trainer, arguments: list[str], typed: bytes, message: str
+):
+    code, out, err = lowres("predict", trained().folder, *arguments, "-q", typed=typed)
+    assert code == 2
+    assert out == ""
+    assert err.startswith(message)
+    assert "hint:" in err
+
+
+def test_dtype_float32_is_the_unquantized_base(lowres: Command, trained: Trainer):
+    folder = trained("bert", "model.quantize=int8", "train.steps=10").folder
+    scores = []
+    for options in ([], ["--dtype", "float32"]):
+        _, out, _ = lowres("predict", folder, "the film was good", "--json", "-q", *options)
+        scores.append(json.loads(out)["scores"]["good"])
+    assert 0 < abs(scores[0] - scores[1]) < 0.1
+
+
+def test_evaluate_verify_merge_and_base(lowres: Command, trained: Trainer, bases: Bases, reviews: Path, tmp_path: Path):
+    bundle = trained()
+    report = json.loads((bundle.folder / "report.json").read_text())
+    code, out, _ = lowres("evaluate", bundle.folder, "--json")
+    assert code == 0
+    assert json.loads(out) == report["scores"]["test"]
+    code, out, _ = lowres("evaluate", bundle.folder, "--data", reviews)
+    assert code == 0
+    assert out.startswith("accuracy ")
+    assert "rows 30" in out
+    code, out, _ = lowres("verify", bundle.folder)
+    assert code == 0
+    assert "logits of 4 probe rows are bit-equal" in out
+    code, out, _ = lowres("merge", bundle.folder, tmp_path / "merged", "--json")
+    assert code == 0
+    assert json.loads(out)["flipped"] == 0
+    code, out, err = lowres("merge", bundle.folder, tmp_path / "merged")
+    assert (code, out) == (2, "")
+    assert "merged exists" in err
+    code, out, _ = lowres("base", bases("bert"), "--json")
+    assert json.loads(out) == {"folder": str(bases("bert")), "name": str(bases("bert")), "revision": None}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "verify", "merge"])
+def test_what_is_no_bundle_is_one_error(lowres: Command, tmp_path: Path, command: str):
+    more = {"predict": ["text"], "merge": [str(tmp_path / "out")]}.get(command, [])
+    code, out, err = lowres(command, tmp_path, *more)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path} holds no lowres.json")
+
+
+def test_recipe_prints_scores_beside_the_baselines(
+    lowres: Command, bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(recipe(bases(), reviews).to_yaml())
+    code, out, err = lowres("recipe", "mine.yaml", "train.steps=3", "--device", "cpu")
+    assert code == 0
+    assert "test (6 rows): accuracy 0." in out
+    assert "TF-IDF + logistic regression accuracy" in out
+    assert "bundle runs/tiny" in out
+    assert "step 3: validation accuracy" in err
+    code, out, err = lowres("recipe", "mine.yaml", "--device", "cpu", "-q", "--json")
+    assert err == ""
+    assert json.loads(out)["bundle"] == "runs/tiny-2"
+    code, out, _ = lowres("recipe", "mine.yaml", "--dry-run", "-q")
+    assert code == 0
+    assert "nothing was trained" in out
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny", "tiny-2"]
+
+
+def test_an_error_in_mid_training_says_what_is_kept(
+    lowres: Command, bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(recipe(bases(), reviews).to_yaml())
+    overrides = ["train.steps=50", "train.learning_rate=1e30", "train.clip=null"]
+    code, out, err = lowres("recipe", "mine.yaml", *overrides, "-q", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert "is not finite" in err
+    assert "runs/tiny.run keeps plan.json and metrics.jsonl" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_cleanly(bases: Bases, reviews: Path, tmp_path: Path, number: int, code: int):
+    (tmp_path / "mine.yaml").write_text(recipe(bases(), reviews, "train.steps=100000").to_yaml())
+    command = [sys.executable, "-m", "lowres_ft", "recipe", "mine.yaml", "--device", "cpu", "-q"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    metrics = tmp_path / "runs" / "tiny.run" / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.splitlines()[0] == "interrupted"
+    assert "no bundle was written; runs/tiny.run keeps plan.json and metrics.jsonl" in err
+    assert not (tmp_path / "runs" / "tiny").exists()
+    assert json.loads(metrics.read_text().splitlines()[-1])["number"] >= 1
