@@ -71,24 +71,31 @@ def targets(tokens: Tokens) -> np.ndarray:
 
 def score(task: Task, truth: np.ndarray, predicted: np.ndarray) -> Scores:
     """Metrics of outputs against targets, each with the 2.5 and 97.5 percentiles over resampled rows."""
-    values = task.metrics(truth, predicted)
-    resampled = [task.metrics(truth[index], predicted[index]) for index in _resamples(len(truth))]
+    evidence = task.evidence(truth, predicted)
+    values = task.metrics(evidence)
+    resampled = [task.metrics(evidence[index]) for index in _resamples(len(truth))]
     metrics = {
         name: Value(value=value, count=len(truth), **_interval([sample[name] for sample in resampled]))
         for name, value in values.items()
     }
-    return Scores(metrics, task.details(truth, predicted))
+    return Scores(metrics, task.details(evidence))
 
 
 def difference(task: Task, truth: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Value:
     """How much better ours is on the task's first metric, with a paired interval: the same rows drawn for both."""
+    pair = [task.evidence(truth, outputs) for outputs in (ours, theirs)]
 
     def gain(index: np.ndarray) -> float:
-        drawn = truth[index]
-        return task.metrics(drawn, ours[index])[task.metric] - task.metrics(drawn, theirs[index])[task.metric]
+        better, worse = (task.metrics(evidence[index])[task.metric] for evidence in pair)
+        return better - worse
 
     samples = [gain(index) for index in _resamples(len(truth))]
     return Value(value=gain(np.arange(len(truth))), count=len(truth), **_interval(samples))
+
+
+def metric(task: Task, truth: np.ndarray, predicted: np.ndarray) -> float:
+    """The task's first metric of outputs against targets."""
+    return task.metrics(task.evidence(truth, predicted))[task.metric]
 
 
 def _resamples(count: int) -> Iterator[np.ndarray]:

@@ -122,8 +122,8 @@ def _proof(bundle: Bundle, out: Path, compared: _Compared, before: np.ndarray, a
     task, truth = bundle.recipe.task, compared.truth
     gap = float(np.abs(before - after).max())
     flipped = int((before.argmax(-1) != after.argmax(-1)).sum())
-    metric = None if truth is None else task.metrics(truth, after)[task.metric]
-    lost = 0.0 if truth is None else task.metrics(truth, before)[task.metric] - task.metrics(truth, after)[task.metric]
+    metric = None if truth is None else evaluate.metric(task, truth, after)
+    lost = 0.0 if truth is None or metric is None else evaluate.metric(task, truth, before) - metric
     if not gap <= _LARGEST or flipped or lost > 0:
         raise BundleError(
             f"the merged model differs from adapter and base on {len(before)} rows: logits by up to {gap:.2g}, "

@@ -190,7 +190,7 @@ def _fit(
             listen(Trained(step, state.total))
             if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
                 predicted = evaluate.outputs(state.adapted, tokens["validation"], plan)
-                value = task.metrics(evaluate.targets(tokens["validation"]), predicted)[task.metric]
+                value = evaluate.metric(task, evaluate.targets(tokens["validation"]), predicted)
                 value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
                 state.record(value)
                 log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")

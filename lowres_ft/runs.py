@@ -63,8 +63,9 @@ def run_folder(name: str, out: str | Path | None, machine: Machine) -> Iterator[
         yield place
     except BaseException as stopped:
         kept = place.metrics.is_file() and place.metrics.stat().st_size > 0
-        what = f"{place.folder} keeps plan.json and metrics.jsonl" if kept else "nothing was kept"
-        stopped.add_note(f"no bundle was written; {what}")
+        if kept or isinstance(stopped, KeyboardInterrupt | SystemExit):
+            what = f"{place.folder} keeps plan.json and metrics.jsonl" if kept else "nothing was kept"
+            stopped.add_note(f"no bundle was written; {what}")
         raise
     finally:
         shutil.rmtree(place.work, ignore_errors=True)

@@ -54,7 +54,7 @@ def test_metrics_are_scikit_learns(seed: int, rows: int, classes: int, present: 
         )
         for name, average in [("f1", "macro"), ("precision", "macro"), ("recall", "macro"), ("f1", "weighted")]
     }
-    assert task_of(classes).metrics(truth, outputs) == pytest.approx(
+    assert task_of(classes).metrics(task_of(classes).evidence(truth, outputs)) == pytest.approx(
         averaged
         | {
             "accuracy": sklearn.accuracy_score(truth, predicted),
@@ -68,7 +68,7 @@ def test_metrics_are_scikit_learns(seed: int, rows: int, classes: int, present: 
 def test_the_details_by_class_are_scikit_learns(seed: int, rows: int, classes: int, present: int):
     assume(present <= classes)
     truth, outputs = sample(seed, rows, classes, present)
-    details = task_of(classes).details(truth, outputs)
+    details = task_of(classes).details(task_of(classes).evidence(truth, outputs))
     every = list(range(classes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single class in both
@@ -82,17 +82,17 @@ def test_the_details_by_class_are_scikit_learns(seed: int, rows: int, classes: i
 
 
 def test_a_confusion_has_a_row_for_each_true_class():
-    details = TASK.details(np.array([0, 0, 0, 1]), outputs_of([0, 1, 1, 1]))
+    details = TASK.details(TASK.evidence(np.array([0, 0, 0, 1]), outputs_of([0, 1, 1, 1])))
     assert details["confusion"] == [[1, 2], [0, 1]]
     assert details["classes"]["bad"] == pytest.approx({"precision": 1, "recall": 1 / 3, "f1": 1 / 2, "support": 3})
 
 
 def test_the_first_metric_is_the_one_that_early_stopping_follows():
-    assert next(iter(TASK.metrics(np.array([0, 1]), outputs_of([0, 1])))) == TASK.metric
+    assert next(iter(TASK.metrics(TASK.evidence(np.array([0, 1]), outputs_of([0, 1]))))) == TASK.metric
 
 
 def test_log_loss_is_finite_for_outputs_that_are_sure_and_wrong():
-    found = TASK.metrics(np.array([0, 1]), np.array([[-1e4, 1e4], [1e4, -1e4]], dtype=np.float32))
+    found = TASK.metrics(TASK.evidence(np.array([0, 1]), np.array([[-1e4, 1e4], [1e4, -1e4]], dtype=np.float32)))
     assert found["log_loss"] == pytest.approx(2e4)
     assert found["accuracy"] == 0
 
@@ -111,7 +111,7 @@ def test_every_metric_lies_in_its_interval_and_the_interval_is_repeatable():
     truth, outputs = sample(seed=2, rows=60, classes=3, present=3)
     first, second = (score(task_of(3), truth, outputs) for _ in range(2))
     assert first == second
-    assert set(first.metrics) == set(task_of(3).metrics(truth, outputs))
+    assert set(first.metrics) == set(task_of(3).metrics(task_of(3).evidence(truth, outputs)))
     for value in first.metrics.values():
         assert value.low < value.value < value.high
 

@@ -123,11 +123,15 @@ class Task(Spec):
         """(B, ...) fp32 scores of a batch, from which predictions are made."""
         raise NotImplementedError
 
-    def metrics(self, targets: "np.ndarray", outputs: "np.ndarray") -> dict[str, float]:
-        """Scores of outputs against targets, by name; called again for every resample of a bootstrap."""
+    def evidence(self, targets: "np.ndarray", outputs: "np.ndarray") -> "np.ndarray":
+        """(N, ...) what each row contributes to the scores; computed once, and resampled by a bootstrap."""
         raise NotImplementedError
 
-    def details(self, targets: "np.ndarray", outputs: "np.ndarray") -> dict[str, Any]:
+    def metrics(self, evidence: "np.ndarray") -> dict[str, float]:
+        """Scores by name; called again for every resample of the evidence's rows."""
+        raise NotImplementedError
+
+    def details(self, evidence: "np.ndarray") -> dict[str, Any]:
         """What a report shows beside the metrics, such as a confusion matrix."""
         raise NotImplementedError
 

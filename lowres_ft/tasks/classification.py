@@ -161,24 +161,28 @@ class Classification(Task):
         logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
         return logits.float()
 
-    def metrics(self, targets: "np.ndarray", outputs: "np.ndarray") -> dict[str, float]:
-        """Macro averages are over all labels; a ratio without cases is 0, as in scikit-learn."""
+    def evidence(self, targets: "np.ndarray", outputs: "np.ndarray") -> "np.ndarray":
+        """(N, 3): the true class, the predicted one, and the log-probability of the true one."""
         import numpy as np
 
-        confusion = self._confusion(targets, outputs)
-        precision, recall, f1, support = _by_class(confusion)
         log_probability = _log_softmax(outputs)[np.arange(len(targets)), targets]
+        return np.stack([targets, outputs.argmax(1), log_probability], axis=1)
+
+    def metrics(self, evidence: "np.ndarray") -> dict[str, float]:
+        """Macro averages are over all labels; a ratio without cases is 0, as in scikit-learn."""
+        confusion = self._confusion(evidence)
+        precision, recall, f1, support = _by_class(confusion)
         return {
-            "accuracy": float(np.trace(confusion) / len(targets)),
+            "accuracy": float(confusion.trace() / len(evidence)),
             "f1_macro": float(f1.mean()),
             "precision_macro": float(precision.mean()),
             "recall_macro": float(recall.mean()),
             "f1_weighted": float((f1 * support).sum() / support.sum()),
-            "log_loss": float(-log_probability.mean()),
+            "log_loss": float(-evidence[:, 2].mean()),
         }
 
-    def details(self, targets: "np.ndarray", outputs: "np.ndarray") -> dict[str, Any]:
-        confusion = self._confusion(targets, outputs)
+    def details(self, evidence: "np.ndarray") -> dict[str, Any]:
+        confusion = self._confusion(evidence)
         columns = dict(zip(("precision", "recall", "f1", "support"), _by_class(confusion), strict=True))
         classes = {
             label: {name: column[index].item() for name, column in columns.items()}
@@ -186,12 +190,13 @@ class Classification(Task):
         }
         return {"classes": classes, "confusion": confusion.tolist()}
 
-    def _confusion(self, targets: "np.ndarray", outputs: "np.ndarray") -> "np.ndarray":
+    def _confusion(self, evidence: "np.ndarray") -> "np.ndarray":
         """(C, C) counts: a row for each true class, a column for each predicted one."""
         import numpy as np
 
         size = len(self.classes)
-        return np.bincount(targets * size + outputs.argmax(1), minlength=size * size).reshape(size, size)
+        cells = (evidence[:, 0] * size + evidence[:, 1]).astype(np.int64)
+        return np.bincount(cells, minlength=size * size).reshape(size, size)
 
     def baselines(self, train: Iterable[Example], test: Iterable[Example], seed: int) -> "dict[str, np.ndarray]":
         """Log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
