@@ -14,18 +14,20 @@ import numpy as np
 import torch
 
 from lowres_ft.data import Rows
+from lowres_ft.errors import DataError
 from lowres_ft.files import writing
 from lowres_ft.model import Adapted
-from lowres_ft.tasks.base import IGNORED, Batch, Encoded
+from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged
 
 _WINDOW = 16  # batches that are sorted by length together, so that little of a batch is padding
 _AT_ONCE = 1024  # texts that pass the tokenizer together
+_TOLD = 10  # rows that are named at the most
 _PARTS = (attrgetter("ids"), attrgetter("targets"))
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A tokenized split: flat ids and targets on disk, and where each sequence begins."""
+    """A tokenized split: flat ids and targets on disk, where each sequence begins, and which ones a row has."""
 
     ids: np.ndarray
     """(all tokens,) int32."""
@@ -35,16 +37,37 @@ class Tokens:
     """(all targets,) int32."""
     target_starts: np.ndarray
     """(N + 1,) int64 offsets into targets."""
+    firsts: np.ndarray
+    """(R + 1,) int64 the first sequence of each row."""
     rows: Rows | None = None
     """The rows that the sequences are of; None for texts that came without a file."""
+    left_out: tuple[str, ...] = ()
+    """File and line of the examples that the task left out."""
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        """The number of rows."""
+        return len(self.firsts) - 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of each sequence."""
         return np.diff(self.starts)
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """(R,) tokens of each row."""
+        return np.diff(self.starts[self.firsts])
+
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Positions of the sequences of some rows."""
+        return np.concatenate([np.arange(self.firsts[row], self.firsts[row + 1]) for row in rows])
+
+    @property
+    def truth(self) -> Ragged:
+        """The targets of the items of each row."""
+        items = self.targets != IGNORED
+        before = np.concatenate([[0], np.cumsum(items)])
+        return Ragged(np.asarray(self.targets[items], dtype=np.int64), before[self.target_starts[self.firsts]])
 
     def sequence(self, position: int) -> np.ndarray:
         """Token ids of one sequence."""
@@ -54,45 +77,64 @@ class Tokens:
         """Targets of one sequence."""
         return self.targets[self.target_starts[position] : self.target_starts[position + 1]]
 
-    def supervised(self, positions: np.ndarray) -> int:
-        """How many items of these sequences the loss counts."""
-        return sum(int((self.target(position) != IGNORED).sum()) for position in positions)
-
     def where(self, positions: np.ndarray) -> list[str]:
-        """File and line of these sequences."""
+        """File and line of the rows of these sequences."""
+        rows = np.unique(np.searchsorted(self.firsts, positions, side="right") - 1)
         if self.rows is None:
-            return [f"text {position + 1}" for position in positions]
-        return [str(where) for where in self.rows.table["where"].take(self.rows.index[positions]).to_pylist()]
+            return [f"text {row + 1}" for row in rows]
+        return [str(where) for where in self.rows.table["where"].take(self.rows.index[rows]).to_pylist()]
 
 
 def tokenize(adapted: Adapted, rows: Rows, path: Path) -> Tokens:
-    """Tokenize a split into files at `path` (.ids and .targets), which are then memory-mapped."""
+    """Tokenize a split into files at `path` (.ids and .targets), which are then memory-mapped.
+
+    Raises:
+        DataError: An example cannot be trained on, or the task left all of them out.
+    """
     files = [path.with_suffix(ending) for ending in (".ids", ".targets")]
     counts: list[list[int]] = [[0], [0]]
+    sequences: list[int] = []
+    left_out: list[str] = []
     with writing(path), open(files[0], "wb") as ids, open(files[1], "wb") as targets:
         examples = rows.examples(adapted.task)
         while part := [example for _, example in zip(range(_AT_ONCE), examples, strict=False)]:
-            for encoded in adapted.task.encode(adapted.tokenizer, part):
-                for file, values, count in zip((ids, targets), (encoded.ids, encoded.targets), counts, strict=True):
-                    file.write(np.array(values, dtype=np.int32).tobytes())
-                    count.append(len(values))
+            for example, row in zip(part, adapted.task.encode(adapted.tokenizer, part), strict=True):
+                sequences.append(len(row))
+                left_out += [] if row else [example.where]
+                for encoded in row:
+                    for file, values, count in zip((ids, targets), (encoded.ids, encoded.targets), counts, strict=True):
+                        file.write(np.array(values, dtype=np.int32).tobytes())
+                        count.append(len(values))
+    if not any(sequences):
+        raise DataError(f"no row can be used; all were left out, such as {left_out[0]}")
+    kept = np.flatnonzero(sequences)
     flat = [np.memmap(file, dtype=np.int32, mode="r") for file in files]
     starts = [np.cumsum(count, dtype=np.int64) for count in counts]
-    return Tokens(flat[0], starts[0], flat[1], starts[1], rows)
+    firsts = np.cumsum([0, *(sequences[row] for row in kept)], dtype=np.int64)
+    return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, rows.take(kept), tuple(left_out))
 
 
-def in_memory(encoded: Sequence[Encoded]) -> Tokens:
-    """A few sequences that were encoded already."""
-    flat = [np.array([value for one in encoded for value in part(one)], dtype=np.int32) for part in _PARTS]
-    starts = [np.cumsum([0, *(len(part(one)) for one in encoded)], dtype=np.int64) for part in _PARTS]
-    return Tokens(flat[0], starts[0], flat[1], starts[1])
+def told(name: str, tokens: Tokens) -> str:
+    """A sentence that names the rows of a split that the task left out."""
+    rows = ", ".join(tokens.left_out[:_TOLD])
+    more = f" and {len(tokens.left_out) - _TOLD} more" if len(tokens.left_out) > _TOLD else ""
+    return f"{len(tokens.left_out)} rows of {name} are left out: {rows}{more}"
+
+
+def in_memory(encoded: Sequence[Sequence[Encoded]]) -> Tokens:
+    """A few rows that were encoded already."""
+    sequences = [one for row in encoded for one in row]
+    flat = [np.array([value for one in sequences for value in part(one)], dtype=np.int32) for part in _PARTS]
+    starts = [np.cumsum([0, *(len(part(one)) for one in sequences)], dtype=np.int64) for part in _PARTS]
+    firsts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return Tokens(flat[0], starts[0], flat[1], starts[1], firsts)
 
 
 def steps(tokens: Tokens, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield for ever the positions that make up each step; an epoch's last step may be smaller.
+    """Yield for ever the rows that make up each step; an epoch's last step may be smaller.
 
-    An epoch's order follows from (seed, epoch). Within windows of that order, sequences are sorted by length and cut
-    into batches, whose order is shuffled again.
+    An epoch's order follows from (seed, epoch). Within windows of that order, rows are sorted by length and cut into
+    batches, whose order is shuffled again.
     """
     epoch = 0
     while True:
@@ -102,14 +144,14 @@ def steps(tokens: Tokens, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         batches: list[np.ndarray] = []
         for start in range(0, len(order), window):
             part = order[start : start + window]
-            part = part[np.argsort(tokens.lengths[part], kind="stable")]
+            part = part[np.argsort(tokens.row_lengths[part], kind="stable")]
             batches += [part[at : at + batch_size] for at in range(0, len(part), batch_size)]
         yield from (batches[index] for index in random.permutation(len(batches)))
         epoch += 1
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Steps that `count` sequences make."""
+    """Steps that `count` rows make."""
     return -(-count // batch_size)
 
 

@@ -63,7 +63,7 @@ class Passport(Spec):
     plan: Plan
     scores: dict[str, Any]
     data: dict[str, str]
-    """A hash of each split's texts and labels."""
+    """A hash of each split's rows."""
     versions: dict[str, str]
     machine: str
     host: str
@@ -161,7 +161,7 @@ class Bundle:
                 self.base(base, progress)
             return Verified(len(self.passport.files), needs_base, 0, None, exact=False)
         adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
-        found = probed.outputs(adapted)
+        found = probed.logits(adapted)
         gap = float((found - read_tensors(self.folder / PROBE)["logits"]).abs().max())
         ours = self.passport
         same = (ours.host, ours.plan.device, ours.versions, ours.plan.threads) == (
@@ -225,12 +225,11 @@ def open_bundle(folder: str | Path) -> Bundle:
 def _agree(bundle: Bundle) -> None:
     """Compare what the passport says with the recipe."""
     ours, theirs = bundle.passport, bundle.recipe
-    labels = getattr(theirs.task, "labels", None) or ()
     said = {
         "task": (ours.task, theirs.task.kind),
         "method": (ours.method, theirs.method.kind),
         "quantize": (ours.quantize, theirs.model.quantize),
-        "labels": (ours.labels, tuple(labels)),
+        "labels": (ours.labels, theirs.task.names),
     }
     for what, (passport, held) in said.items():
         if passport != held:
@@ -257,12 +256,12 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
     """
     if probed is not None and expected is not None:
         adapted, _ = bundle.load(machine)
-        gap = float((probed.outputs(adapted) - expected).abs().max())
+        gap = float((probed.logits(adapted) - expected).abs().max())
         if not gap <= _RELOADED:
             raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")
         del adapted
         reference, _ = bundle.load(machine, dtype="float32")
-        held = {"input_ids": probed.ids, "attention_mask": probed.mask, "logits": probed.outputs(reference)}
+        held = {"input_ids": probed.ids, "attention_mask": probed.mask, "logits": probed.logits(reference)}
         write_bytes(bundle.folder / PROBE, bytes_from(held))
     files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
     passport = bundle.passport.model_copy(update={"files": files})
@@ -282,7 +281,7 @@ def passport(
     return Passport(
         base=BaseRecord(source=base.source, name=base.name, revision=base.revision, **base.identity()),
         task=resolved.task.kind,
-        labels=tuple(getattr(resolved.task, "labels", None) or ()),
+        labels=resolved.task.names,
         method=resolved.method.kind,
         quantize=resolved.model.quantize,
         dtype=plan.dtype,

@@ -28,7 +28,7 @@ def _front_matter(bundle: Bundle) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers" if bundle.recipe.method.trains_base else "peft"}
     if bundle.passport.base.revision:  # only a name on the Hub is a base to the Hub
         front["base_model"] = bundle.passport.base.name
-    return front | {"pipeline_tag": "text-classification", "tags": ["lowres-ft", bundle.passport.method]}
+    return front | {"pipeline_tag": bundle.recipe.task.hub_tag, "tags": ["lowres-ft", bundle.passport.method]}
 
 
 def _method(bundle: Bundle) -> str:

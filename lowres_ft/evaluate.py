@@ -1,11 +1,13 @@
 """Predictions and their scores: intervals by bootstrap, and simple baselines beside them."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
@@ -13,7 +15,7 @@ from lowres_ft.errors import ModelError
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.spec import Spec
-from lowres_ft.tasks.base import Task
+from lowres_ft.tasks.base import IGNORED, Batch, Ragged, Task
 
 _RESAMPLES = 1000
 _SEED = 20_090  # of the bootstrap alone, so that the same predictions always get the same interval
@@ -43,33 +45,50 @@ class Scores:
         return {name: value.model_dump() for name, value in self.metrics.items()} | dict(self.details)
 
 
-def outputs(adapted: Adapted, tokens: Tokens, plan: Plan) -> np.ndarray:
-    """(N, ...) fp32 outputs of the model on a split, in its order."""
-    found: list[np.ndarray | None] = [None] * len(tokens)
+def outputs(adapted: Adapted, tokens: Tokens, plan: Plan) -> Ragged:
+    """The model's fp32 outputs for the items of each row, (items, W) in all."""
+    found: list[np.ndarray] = [np.empty(0)] * len(tokens.lengths)
+    for part, values in _batches(adapted, tokens, plan, adapted.task.outputs):
+        for position, value in zip(part, values, strict=True):
+            items = tokens.target(position) != IGNORED
+            found[position] = value[: len(items)][items]
+    rows = [np.concatenate(found[first:last]) for first, last in itertools.pairwise(tokens.firsts)]
+    return Ragged.of(rows)
+
+
+def logits(adapted: Adapted, tokens: Tokens, plan: Plan) -> np.ndarray:
+    """The model's fp32 logits for a split, (sequences, ...); shorter ones are filled with 0."""
+    found: list[np.ndarray] = [np.empty(0)] * len(tokens.lengths)
+    for part, values in _batches(adapted, tokens, plan, adapted.task.logits):
+        for position, value in zip(part, values, strict=True):
+            found[position] = value
+    longest = max(len(value) for value in found)
+    return np.stack([np.pad(v, [(0, longest - len(v)), *[(0, 0)] * (v.ndim - 1)]) for v in found])
+
+
+def _batches(
+    adapted: Adapted, tokens: Tokens, plan: Plan, compute: Callable[[PreTrainedModel, Batch], torch.Tensor]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield positions of sequences and what `compute` gives for them, (B, ...), with dropout off."""
     was_training = adapted.model.training
     adapted.model.eval()
     try:
-        for part in cut(np.arange(len(tokens)), tokens.lengths, plan.evaluation_tokens):
+        for part in cut(np.arange(len(tokens.lengths)), tokens.lengths, plan.evaluation_tokens):
             batch = collate(tokens, part, adapted)
             with torch.inference_mode(), adapted.computing():
-                result = adapted.task.outputs(adapted.model, batch).float().cpu().numpy()
-            for position, output in zip(part, result, strict=True):
-                found[position] = output
+                values = compute(adapted.model, batch).float().cpu().numpy()
+            if not np.isfinite(values).all():
+                wrong = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+                first = tokens.where(part[wrong])[0]
+                raise ModelError(
+                    f"the model's output is not a finite number, first for {first}", hint="Try --dtype float32."
+                )
+            yield part, values
     finally:
         adapted.model.train(was_training)
-    stacked = np.stack([output for output in found if output is not None])
-    if not np.isfinite(stacked).all():
-        first = tokens.where(np.flatnonzero(~np.isfinite(stacked.reshape(len(stacked), -1)).all(1))[:1])[0]
-        raise ModelError(f"the model's output is not a finite number, first for {first}", hint="Try --dtype float32.")
-    return stacked
 
 
-def targets(tokens: Tokens) -> np.ndarray:
-    """(N,) targets of a split with one target a sequence."""
-    return np.asarray(tokens.targets, dtype=np.int64)
-
-
-def score(task: Task, truth: np.ndarray, predicted: np.ndarray) -> Scores:
+def score(task: Task, truth: Ragged, predicted: Ragged) -> Scores:
     """Metrics of outputs against targets, each with the 2.5 and 97.5 percentiles over resampled rows."""
     evidence = task.evidence(truth, predicted)
     values = task.metrics(evidence)
@@ -81,19 +100,19 @@ def score(task: Task, truth: np.ndarray, predicted: np.ndarray) -> Scores:
     return Scores(metrics, task.details(evidence))
 
 
-def difference(task: Task, truth: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Value:
+def difference(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Value:
     """How much better ours is on the task's first metric, with a paired interval: the same rows drawn for both."""
     pair = [task.evidence(truth, outputs) for outputs in (ours, theirs)]
 
     def gain(index: np.ndarray) -> float:
         better, worse = (task.metrics(evidence[index])[task.metric] for evidence in pair)
-        return better - worse
+        return better - worse if task.higher_is_better else worse - better
 
     samples = [gain(index) for index in _resamples(len(truth))]
     return Value(value=gain(np.arange(len(truth))), count=len(truth), **_interval(samples))
 
 
-def metric(task: Task, truth: np.ndarray, predicted: np.ndarray) -> float:
+def metric(task: Task, truth: Ragged, predicted: Ragged) -> float:
     """The task's first metric of outputs against targets."""
     return task.metrics(task.evidence(truth, predicted))[task.metric]
 
@@ -121,12 +140,11 @@ class Baseline:
         return self.scores.to_json() | {"gain": self.gain.model_dump()}
 
 
-def baselines(
-    task: Task, train: Rows, test: Rows, truth: np.ndarray, ours: np.ndarray, seed: int
-) -> dict[str, Baseline]:
+def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) -> dict[str, Baseline]:
     """Train the task's baselines on the same rows and compare."""
-    found = task.baselines(train.examples(task), test.examples(task), seed)
+    assert test.rows is not None
+    found = task.baselines(train.examples(task), test.rows.examples(task), seed)
     return {
-        name: Baseline(score(task, truth, theirs), difference(task, truth, ours, theirs))
+        name: Baseline(score(task, test.truth, theirs), difference(task, test.truth, ours, theirs))
         for name, theirs in found.items()
     }

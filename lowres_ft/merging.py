@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
     with _beside(out) as work:
         adapted, plan = bundle.load(machine, dtype="float32", quantize="none", base=base)
         compared = _compared(bundle, adapted, work, rows)
-        before = compared.outputs(adapted, plan)
+        before = _Answers.of(adapted, plan, compared)
         folder = work / "model"
         model.merge(adapted)
         with writing(out):
@@ -66,11 +67,11 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
         adapted = replace(
             adapted, model=model.load_plain(bundle.recipe.task, folder, plan.device), adapted=(), heads=()
         )
-        merged = _proof(bundle, out, compared, before, compared.outputs(adapted, plan))
+        merged = _proof(bundle, out, compared.source, before, _Answers.of(adapted, plan, compared))
         del adapted
         if (bundle.passport.quantize, bundle.passport.dtype) != ("none", "float32"):
-            measured = compared.outputs(*bundle.load(machine, base=base))
-            merged = replace(merged, from_measured=float(np.abs(before - measured).max()))
+            measured = compared.logits(*bundle.load(machine, base=base))
+            merged = replace(merged, from_measured=float(np.abs(before.logits - measured).max()))
         publish(folder, out)
     return merged
 
@@ -90,8 +91,9 @@ class _Compared:
     """The rows that models are compared on."""
 
     source: str
-    outputs: Callable[[Adapted, Plan], np.ndarray]
-    truth: np.ndarray | None = None
+    logits: Callable[[Adapted, Plan], np.ndarray]
+    metric: Callable[[Adapted, Plan], float] | None = None
+    """None where the rows have no labels."""
 
 
 def _compared(bundle: Bundle, adapted: Adapted, work: Path, rows: str | None) -> _Compared:
@@ -106,28 +108,45 @@ def _compared(bundle: Bundle, adapted: Adapted, work: Path, rows: str | None) ->
         if probe is None:
             told = f"nothing to compare on: no probe rows in {bundle.folder}, and {missing}"
             raise BundleError(told, hint="Give --data.") from error
-        return _Compared(f"the bundle's probe rows; {missing}", lambda found, _: probe.outputs(found).numpy())
+        return _Compared(f"the bundle's probe rows; {missing}", lambda found, _: probe.logits(found).numpy())
     return _labelled(source, tokenize(adapted, found, work / "rows"))
 
 
 def _labelled(source: str, tokens: Tokens) -> _Compared:
-    def outputs(found: Adapted, plan: Plan) -> np.ndarray:
-        return evaluate.outputs(found, tokens, plan)
+    def logits(found: Adapted, plan: Plan) -> np.ndarray:
+        return evaluate.logits(found, tokens, plan)
 
-    return _Compared(source, outputs, evaluate.targets(tokens))
+    def metric(found: Adapted, plan: Plan) -> float:
+        return evaluate.metric(found.task, tokens.truth, evaluate.outputs(found, tokens, plan))
+
+    return _Compared(source, logits, metric)
 
 
-def _proof(bundle: Bundle, out: Path, compared: _Compared, before: np.ndarray, after: np.ndarray) -> Merged:
-    """Compare both models' outputs; raise a BundleError where they differ."""
-    task, truth = bundle.recipe.task, compared.truth
-    gap = float(np.abs(before - after).max())
-    flipped = int((before.argmax(-1) != after.argmax(-1)).sum())
-    metric = None if truth is None else evaluate.metric(task, truth, after)
-    lost = 0.0 if truth is None or metric is None else evaluate.metric(task, truth, before) - metric
-    if not gap <= _LARGEST or flipped or lost > 0:
+@dataclass(frozen=True)
+class _Answers:
+    """What a model makes of the rows that are compared."""
+
+    logits: np.ndarray
+    metric: float | None
+
+    @classmethod
+    def of(cls, adapted: Adapted, plan: Plan, compared: _Compared) -> Self:
+        metric = None if compared.metric is None else compared.metric(adapted, plan)
+        return cls(compared.logits(adapted, plan), metric)
+
+
+def _proof(bundle: Bundle, out: Path, source: str, before: _Answers, after: _Answers) -> Merged:
+    """Compare both models' answers; raise a BundleError where they differ."""
+    task = bundle.recipe.task
+    gap = float(np.abs(before.logits - after.logits).max())
+    flipped = int((task.choice(before.logits) != task.choice(after.logits)).sum())
+    lost = 0.0
+    if before.metric is not None and after.metric is not None:
+        lost = (before.metric - after.metric) * (1 if task.higher_is_better else -1)
+    if not gap <= _LARGEST or flipped or lost > task.metric_noise:
         raise BundleError(
-            f"the merged model differs from adapter and base on {len(before)} rows: logits by up to {gap:.2g}, "
-            f"{flipped} labels, {task.metric} by {-lost:+.4f}; nothing was kept",
+            f"the merged model differs from adapter and base on {len(before.logits)} rows: logits by up to {gap:.2g}, "
+            f"{flipped} labels, {task.metric} by {lost:.4f}; nothing was kept",
             hint="Use the adapter unmerged, and report this with the base's name.",
         )
-    return Merged(out, len(before), compared.source, gap, flipped, metric, from_measured=None)
+    return Merged(out, len(before.logits), source, gap, flipped, after.metric, from_measured=None)

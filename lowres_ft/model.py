@@ -90,12 +90,12 @@ def load(
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
     dtype = getattr(torch, plan.dtype)
-    model, heads = _load_model(recipe, base, profile.heads, plan, tokenizer)
+    model, heads = _load_model(recipe, base, profile, plan, tokenizer)
     keys = DropoutKeys(recipe.train.seed)
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
     if not recipe.method.trains_base:
-        chosen = _adapt(model, recipe, heads, keys)
+        chosen = _adapt(model, recipe, (*profile.outside, *heads), keys)
         _require_distinct(model, heads)
         for head in heads:
             module = model.get_submodule(head).float().requires_grad_(True)
@@ -165,7 +165,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_model(
-    recipe: Recipe, base: Base, heads: tuple[str, ...], plan: Plan, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model and the names of its heads: the task's, and every module that the files did not fill."""
     task = recipe.task
@@ -177,15 +177,20 @@ def _load_model(
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(config, field, recipe.model.dropout)
     dtype = torch.float32 if recipe.method.trains_base else getattr(torch, plan.dtype)
-    model, new = _from_files(recipe, base, plan, config, heads, dtype)
-    if set(new) - set(heads) and recipe.model.quantize != "none":
+    model, new = _from_files(recipe, base, plan, config, profile.outside, dtype)
+    if not task.new_head and new:
+        raise ModelError(
+            f"{base.source} brings no {', '.join(new)} of its own, which {task.kind} needs",
+            hint="Use a whole language model, as it was published.",
+        )
+    if set(new) - set(profile.heads) and recipe.model.quantize != "none":
         # A module that the files do not fill must not be quantized, and only loading tells which those are.
-        model, new = _from_files(recipe, base, plan, config, (*heads, *new), dtype)
+        model, new = _from_files(recipe, base, plan, config, (*profile.outside, *new), dtype)
     if (size := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
         raise ModelError(f"{base.folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {size}")
     if recipe.model.quantize == "none":
         model.to(plan.device)  # a quantized one was read onto its device
-    return model, (*heads, *(name for name in new if name not in heads))
+    return model, (*profile.heads, *(name for name in new if name not in profile.heads))
 
 
 def _from_files(
@@ -255,7 +260,8 @@ def _require_padding_without_effect(adapted: Adapted) -> None:
     mask[0, 4:] = 0
     alone = _answers(adapted, short, torch.ones_like(short))
     together = _answers(adapted, torch.cat([padded, long]), mask)
-    if (alone[0] - together[0]).norm() > 0.25 * (together[0] - together[1]).norm() + 1e-6:
+    same = together[:, : alone.shape[1]]
+    if (alone[0] - same[0]).norm() > 0.25 * (same[0] - same[1]).norm() + 1e-6:
         kind = adapted.base.config().get("model_type")
         raise ModelError(
             f"{adapted.base.source} (model_type {kind!r}) answers differently when a text is padded on the right",
@@ -264,13 +270,13 @@ def _require_padding_without_effect(adapted: Adapted) -> None:
 
 
 def _answers(adapted: Adapted, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, ...) outputs for token ids (B, T)."""
+    """(B, ...) logits for token ids (B, T)."""
     rows = torch.arange(len(ids))
     batch = Batch(*(part.to(adapted.device) for part in (ids, mask, rows[:, None], rows)))
     was_training = adapted.model.training
     adapted.model.eval()
     with torch.inference_mode(), adapted.computing():
-        found: Tensor = adapted.task.outputs(adapted.model, batch).float()
+        found: Tensor = adapted.task.logits(adapted.model, batch).float()
     adapted.model.train(was_training)
     return found
 
@@ -283,9 +289,9 @@ def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
                 raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
 
 
-def _adapt(model: PreTrainedModel, recipe: Recipe, heads: tuple[str, ...], keys: DropoutKeys) -> tuple[str, ...]:
+def _adapt(model: PreTrainedModel, recipe: Recipe, keep: tuple[str, ...], keys: DropoutKeys) -> tuple[str, ...]:
     """Replace the layers that are adapted or quantized; return the names of those adapted."""
-    modules = dict(profiles.linear_layers(model, heads))
+    modules = dict(profiles.linear_layers(model, keep))
     linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
     chosen = profiles.targets(recipe.method, linears)
     adapter = recipe.method.low_rank()

@@ -3,8 +3,9 @@
 import itertools
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -40,7 +41,8 @@ from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
 from lowres_ft.runs import Place, run_folder
-from lowres_ft.train import Step, TrainState
+from lowres_ft.tasks.base import Ragged
+from lowres_ft.train import Step
 
 
 def run(
@@ -103,13 +105,25 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     profiles.require_length(profile, recipe.task)
     return Rehearsal(
         rows=sizes,
-        labels=tuple(getattr(rows.task, "labels", None) or ()),
+        labels=rows.task.names,
         adapted=len(chosen),
         trainable_parameters=profiles.trainable(recipe.method, profile),
         profile=profile,
         steps=train.total_steps(recipe.train, sizes["train"]),
         plan=plans.make(recipe, profile, machine),
     )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that training needs."""
+
+    recipe: Recipe
+    rows: Data
+    adapted: Adapted
+    tokens: dict[str, Tokens]
+    plan: Plan
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -123,9 +137,32 @@ class _Draft:
 
 def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
+    ready = _prepare(resolved, rows, machine, place, listen)
+    listen(Stage(f"training on {len(ready.tokens['train']):,} rows"))
+    measured = _fit(ready, machine, place, listen)
+    if machine.rank:
+        return None
+    listen(Stage("scoring beside the baselines"))
+    predicted = {
+        name: evaluate.outputs(ready.adapted, tokens, ready.plan)
+        for name, tokens in ready.tokens.items()
+        if name != "train"
+    }
+    ready = _tuned(ready, predicted)
+    scores, baselines = _scores(ready, predicted)
+    notes = list(ready.notes)
+    if baselines and len(rows.train) > rows.task.baseline_rows:
+        notes.append(f"the baselines saw {rows.task.baseline_rows:,} of {len(rows.train):,} training rows")
+        listen(Note(notes[-1]))
+    found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, notes)
+    return _written(ready, found, machine, place)
+
+
+def _prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Ready:
+    """Load the base and tokenize the rows; what cannot work is told before any weight is read."""
     base = bases.resolve(resolved.model, _progress(listen))
     profile = profiles.profile(base, resolved.task)
-    profiles.targets(resolved.method, profile.linears)  # a wrong name is told before any weight is read
+    profiles.targets(resolved.method, profile.linears)
     profiles.require_length(profile, resolved.task)
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
@@ -135,52 +172,59 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
     adapted = model.load(resolved, base, profile, plan)
     listen(Stage("tokenizing"))
     tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
-    state = train.start(resolved, adapted, tokens["train"], plan)
-    listen(Stage(f"training on {len(rows.train):,} rows"))
-    measured = _fit(state, tokens, plan, machine, place, listen)
-    if machine.rank:
-        return None
-    listen(Stage("scoring beside the baselines"))
-    predicted = {name: evaluate.outputs(adapted, tokens[name], plan) for name in tokens if name != "train"}
-    scores, baselines = _scores(resolved, rows, tokens, predicted)
-    notes = list(rows.notes)
-    if baselines and len(rows.train) > rows.task.baseline_rows:
-        notes.append(f"the baselines saw {rows.task.baseline_rows:,} of {len(rows.train):,} training rows")
-        listen(Note(notes[-1]))
-    found = report.make(resolved, plan, adapted, measured, scores, baselines, notes)
-    passport = bundle.passport(adapted, resolved, plan, machine, found["scores"], rows.fingerprint())
+    told = [batches.told(name, split) for name, split in tokens.items() if split.left_out]
+    for text in told:
+        listen(Note(text))
+    return _Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told))
+
+
+def _tuned(ready: _Ready, predicted: dict[str, Ragged]) -> _Ready:
+    """Let the task choose on validation what it chooses after training."""
+    if "validation" not in predicted:
+        return ready
+    task = ready.adapted.task.tune(ready.tokens["validation"].truth, predicted["validation"])
+    return replace(
+        ready, recipe=ready.recipe.model_copy(update={"task": task}), adapted=replace(ready.adapted, task=task)
+    )
+
+
+def _written(ready: _Ready, found: dict[str, Any], machine: Machine, place: Place) -> _Draft:
+    """Write the bundle but for what `bundle.seal` writes."""
+    adapted, resolved = ready.adapted, ready.recipe
+    passport = bundle.passport(adapted, resolved, ready.plan, machine, found["scores"], ready.rows.fingerprint())
     draft = Bundle(place.draft, passport, resolved)
     bundle.write(draft.folder, adapted, resolved)
     found["adapter_bytes"] = report.adapter_bytes(draft.folder)
     files.write_json(draft.folder / "report.json", found)
     pad = adapted.model.config.pad_token_id
-    pad = None if pad == base.config().get("pad_token_id") else pad
+    pad = None if pad == adapted.base.config().get("pad_token_id") else pad
     files.write_bytes(draft.folder / "README.md", card.render(draft, found, pad_token_id=pad).encode())
-    _require_same_tokens(draft.folder, rows, tokens, adapted)
+    _require_same_tokens(draft.folder, ready)
     # Rows of train are not given away: without validation there is no probe.
-    held_out = tokens.get("validation")
+    held_out = ready.tokens.get("validation")
     probe = None if held_out is None else probes.make_probe(held_out, resolved.data.probe_rows, adapted)
-    return _Draft(draft, probe, None if probe is None else probe.outputs(adapted))
+    return _Draft(draft, probe, None if probe is None else probe.logits(adapted))
 
 
-def _require_same_tokens(folder: Path, rows: Data, tokens: dict[str, Tokens], adapted: Adapted) -> None:
+def _require_same_tokens(folder: Path, ready: _Ready) -> None:
     """See that the tokenizer that was written, loaded again, makes the ids that were trained on.
 
     Raises:
         BundleError: It does not.
     """
-    written = model.load_tokenizer(folder)
-    few = list(itertools.islice(rows.train.examples(rows.task), 64))
-    for position, encoded in enumerate(adapted.task.encode(written, few)):
-        if encoded.ids != tokens["train"].sequence(position).tolist():
-            raise BundleError(f"the tokenizer, saved and loaded again, reads {few[position].where} differently")
+    task, train = ready.adapted.task, ready.tokens["train"]
+    assert train.rows is not None
+    few = list(itertools.islice(train.rows.examples(task), 64))
+    again = batches.in_memory(task.encode(model.load_tokenizer(folder), few))
+    if not np.array_equal(again.ids, train.ids[: len(again.ids)]):
+        raise BundleError("the tokenizer, saved and loaded again, reads the training rows differently")
 
 
-def _fit(
-    state: TrainState, tokens: dict[str, Tokens], plan: Plan, machine: Machine, place: Place, listen: Listener
-) -> Measured:
+def _fit(ready: _Ready, machine: Machine, place: Place, listen: Listener) -> Measured:
     """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model."""
-    spec, task = state.spec, state.adapted.task
+    adapted, tokens, plan = ready.adapted, ready.tokens, ready.plan
+    state = train.start(ready.recipe, adapted, tokens["train"], plan)
+    spec, task = state.spec, adapted.task
     every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
     steps: list[Step] = []
     with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
@@ -189,39 +233,31 @@ def _fit(
             log.write(json.dumps(asdict(step)) + "\n")
             listen(Trained(step, state.total))
             if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
-                predicted = evaluate.outputs(state.adapted, tokens["validation"], plan)
-                value = evaluate.metric(task, evaluate.targets(tokens["validation"]), predicted)
+                predicted = evaluate.outputs(adapted, tokens["validation"], plan)
+                value = evaluate.metric(task, tokens["validation"].truth, predicted)
                 value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
                 state.record(value)
                 log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")
                 listen(Evaluated(step.number, task.metric, value))
     state.restore_best()
-    return Measured(
-        train_seconds=sum(step.seconds for step in steps),
-        examples=sum(step.examples for step in steps),
-        tokens=sum(step.tokens for step in steps),
-        steps=len(steps),
-        best_step=state.best_step or len(steps),
-        peak_bytes=device.peak_bytes(plan.device),
-    )
+    return Measured.of(steps, state.best_step, plan.device)
 
 
-def _scores(
-    resolved: Recipe, rows: Data, tokens: dict[str, Tokens], predicted: dict[str, np.ndarray]
-) -> tuple[dict[str, Scores], dict[str, Baseline]]:
+def _scores(ready: _Ready, predicted: dict[str, Ragged]) -> tuple[dict[str, Scores], dict[str, Baseline]]:
     """Scores of each held-out split, of a published one also without the texts of train, and the baselines' on test."""
-    task = resolved.task
+    task, tokens = ready.adapted.task, ready.tokens
+    train_rows = ready.rows.train
     scores = {}
     for name, outputs in predicted.items():
-        truth = evaluate.targets(tokens[name])
+        truth, held = tokens[name].truth, tokens[name].rows
+        assert held is not None
         scores[name] = evaluate.score(task, truth, outputs)
-        apart = rows.apart(name)
+        apart = data.apart(train_rows, held)
         if 0 < len(apart) < len(truth):
-            scores[f"{name}_without_train_texts"] = evaluate.score(task, truth[apart], outputs[apart])
-    if rows.test is None:
+            scores[f"{name}_without_train_texts"] = evaluate.score(task, truth.take(apart), outputs.take(apart))
+    if "test" not in tokens:
         return scores, {}
-    truth = evaluate.targets(tokens["test"])
-    return scores, evaluate.baselines(task, rows.train, rows.test, truth, predicted["test"], resolved.train.seed)
+    return scores, evaluate.baselines(task, train_rows, tokens["test"], predicted["test"], ready.recipe.train.seed)
 
 
 def _progress(listen: Listener) -> assets.Progress:

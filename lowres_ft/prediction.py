@@ -1,7 +1,7 @@
 """Predictions of a bundle for texts, and its scores on other rows."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lowres_ft.errors import DataError
 from lowres_ft.evaluate import Scores
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
-from lowres_ft.tasks.base import Example
+from lowres_ft.tasks.base import Task
 
 _AT_ONCE = 1024  # texts that stand in memory together
 
@@ -25,7 +25,7 @@ class Predictor:
         self.adapted = adapted
         self.plan = plan
 
-    def __call__(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+    def __call__(self, examples: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """Yield what `lowres-ft predict --json` prints, one for each example, in order."""
         task = self.adapted.task
         iterator = iter(examples)
@@ -40,20 +40,20 @@ class Predictor:
         Raises:
             DataError: A text holds half a character, as an argument that is not UTF-8 does.
         """
-        return self(_example(number, text) for number, text in enumerate(texts, start=1))
+        return self(_example(self.adapted.task, number, text) for number, text in enumerate(texts, start=1))
 
 
-def _example(number: int, text: str) -> Example:
+def _example(task: Task, number: int, text: str) -> Any:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"text {number} is not UTF-8 (at character {error.start + 1})", hint="Send UTF-8 text."
         ) from error
-    return Example(f"text {number}", text)
+    return task.bare(text, f"text {number}")
 
 
-def examples(bundle: Bundle, file: str) -> Iterator[Example]:
+def examples(bundle: Bundle, file: str) -> Iterator[Any]:
     """The texts of a CSV, TSV, JSONL or Parquet file (its text column as the recipe maps it), or one a line.
 
     Raises:
@@ -65,12 +65,11 @@ def examples(bundle: Bundle, file: str) -> Iterator[Example]:
             raise DataError(f"no file {file}", hint=f"The current folder is {Path.cwd()}.")
         for number, line in readers.lines(path, file):
             if line.strip():
-                yield Example(f"{file}:{number}", line.rstrip("\r\n"))
+                yield bundle.recipe.task.bare(line.rstrip("\r\n"), f"{file}:{number}")
         return
-    roles = {role: kind for role, kind in bundle.recipe.task.columns.items() if role != "label"}
-    columns: Mapping[str, str] = bundle.recipe.data.columns
+    task, columns = bundle.recipe.task, bundle.recipe.data.columns
     for where, row in readers.rows(file):
-        yield bundle.recipe.task.read(data.by_role(row, where, roles, columns), where)
+        yield task.read(data.by_role(row, where, task.forms, columns, labelled=False), where)
 
 
 def held_out(bundle: Bundle, work: Path, source: str | None) -> tuple[Rows, str]:
@@ -103,4 +102,4 @@ def evaluate_bundle(bundle: Bundle, adapted: Adapted, plan: Plan, work: Path, so
     """
     rows, _ = held_out(bundle, work, source)
     tokens = tokenize(adapted, rows, work / "rows")
-    return evaluate.score(bundle.recipe.task, evaluate.targets(tokens), evaluate.outputs(adapted, tokens, plan))
+    return evaluate.score(bundle.recipe.task, tokens.truth, evaluate.outputs(adapted, tokens, plan))

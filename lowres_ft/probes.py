@@ -18,22 +18,22 @@ class Probe:
     ids: Tensor
     mask: Tensor
 
-    def outputs(self, adapted: Adapted) -> Tensor:
-        """(R, ...) fp32 outputs of a model, on the processor."""
+    def logits(self, adapted: Adapted) -> Tensor:
+        """(R, ...) fp32 logits of a model, on the processor."""
         rows = torch.arange(len(self.ids))
         parts = (self.ids, self.mask, torch.full((len(rows), 1), IGNORED), rows)
         batch = Batch(*(part.to(adapted.device) for part in parts))
         was_training = adapted.model.training
         adapted.model.eval()
         with torch.inference_mode(), adapted.computing():
-            found = adapted.task.outputs(adapted.model, batch).float().cpu().clone()
+            found = adapted.task.logits(adapted.model, batch).float().cpu().clone()
         adapted.model.train(was_training)
         return found
 
 
 def make_probe(tokens: Tokens, rows: int, adapted: Adapted) -> Probe | None:
-    """The first rows of a split as a probe; None for no rows."""
-    count = min(rows, len(tokens))
+    """The first sequences of a split as a probe; None for no rows."""
+    count = min(rows, len(tokens.lengths))
     if not count:
         return None
     batch = collate(tokens, np.arange(count), adapted)

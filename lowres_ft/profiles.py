@@ -37,7 +37,9 @@ class Profile:
     linears: tuple[Linear, ...]
     """Linear layers of the base, heads not among them."""
     heads: tuple[str, ...]
-    """Outermost modules of the task's head."""
+    """Outermost modules of the task's head, which are made anew."""
+    outside: tuple[str, ...]
+    """Outermost modules with parameters outside the base: the heads, or a language model's output layer."""
     head_parameters: int
     parameters: int
     layers: int
@@ -59,12 +61,14 @@ def profile(base: Base, task: Task) -> Profile:
     settings = config(base, task)
     with torch.device("meta"), quiet():
         model = _built(task, settings, base)
-    heads = head_names(model)
-    linears = tuple(Linear(name, *widths(module)) for name, module in linear_layers(model, heads))
+    outside = outside_names(model)
+    heads = outside if task.new_head else ()
+    linears = tuple(Linear(name, *widths(module)) for name, module in linear_layers(model, outside))
     text = settings.get_text_config()
     return Profile(
         linears=linears,
         heads=heads,
+        outside=outside,
         head_parameters=sum(p.numel() for head in heads for p in model.get_submodule(head).parameters()),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=int(getattr(text, "num_hidden_layers", 0)),
@@ -171,16 +175,16 @@ def auto_class(task: Task) -> Any:
     return getattr(transformers, task.model_class)
 
 
-def head_names(model: PreTrainedModel) -> tuple[str, ...]:
+def outside_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Outermost modules outside the base that hold parameters."""
     prefix = model.base_model_prefix
     return tuple(name for name, m in model.named_children() if name != prefix and any(True for _ in m.parameters()))
 
 
-def linear_layers(model: PreTrainedModel, heads: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers of a model outside its heads, with their names."""
+def linear_layers(model: PreTrainedModel, keep: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of a model but for those in the modules to `keep`, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads):
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{kept}.") for kept in keep):
             yield name, module
 
 

@@ -188,7 +188,7 @@ def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[
     data = values.get("data")
     columns = data.get("columns") if isinstance(data, dict) else None
     if "task" in parts and isinstance(columns, dict):
-        roles = parts["task"].columns
+        roles = list(dict.fromkeys(role for form in parts["task"].forms for role in form.roles))
         for role in map(str, columns):
             if role not in roles:
                 found[f"data.columns.{role}"] = f"is no role; the roles are {', '.join(roles)}{nearest(role, roles)}"

@@ -11,9 +11,10 @@ Folder = Literal["tasks", "methods"]
 
 
 def names(folder: Folder) -> tuple[str, ...]:
-    """The plug-ins that lie in a folder, sorted."""
+    """The plug-ins that lie in a folder, sorted; a file whose name begins with `_` is a part of others."""
     package = importlib.import_module(f"lowres_ft.{folder}")
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"))
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
 
 
 def load(folder: Folder, name: object) -> type[Spec]:

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from lowres_ft import device
 from lowres_ft.bundle import PROBE
 from lowres_ft.device import versions
 from lowres_ft.evaluate import Baseline, Scores
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe
+from lowres_ft.train import Step
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class Measured:
     steps: int
     best_step: int
     peak_bytes: int
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], best_step: int, device_name: str) -> Self:
+        """Sum up some steps, the best of which was `best_step` (0 where none was evaluated)."""
+        return cls(
+            train_seconds=sum(step.seconds for step in steps),
+            examples=sum(step.examples for step in steps),
+            tokens=sum(step.tokens for step in steps),
+            steps=len(steps),
+            best_step=best_step or len(steps),
+            peak_bytes=device.peak_bytes(device_name),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The figures, with rates per second of training."""

@@ -65,7 +65,8 @@ class TrainState:
 
     def record(self, metric: float) -> None:
         """Take note of an evaluation after the current step; keep the tensors if it is the best so far."""
-        if metric > self.best_metric:
+        better = metric > self.best_metric if self.adapted.task.higher_is_better else metric < self.best_metric
+        if better or self.best is None:
             self.best = {name: tensor.clone() for name, tensor in self.adapted.tensors().items()}
             self.best_metric, self.best_step, self.waited = metric, self.step, 0
         else:
@@ -120,7 +121,7 @@ def start(recipe: Recipe, adapted: Adapted, tokens: Tokens, plan: Plan) -> Train
 
 
 def total_steps(spec: TrainSpec, count: int) -> int:
-    """Optimizer steps of a run over `count` sequences."""
+    """Optimizer steps of a run over `count` rows."""
     return spec.steps or spec.epochs * steps_per_epoch(count, spec.batch_size)
 
 
@@ -141,9 +142,10 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
         TrainingError: The loss or the gradient is not finite; the message names step, rate and rows.
     """
     spec = state.spec
-    for positions in islice(steps(tokens, spec.batch_size, spec.seed), state.step, None):
+    for rows in islice(steps(tokens, spec.batch_size, spec.seed), state.step, None):
         if state.finished:
             return
+        positions = tokens.of_rows(rows)
         began = time.perf_counter()
         rate = learning_rate(spec, state.step, state.total)
         loss = _gradients(state, tokens, positions, plan, machine, rate)
@@ -154,7 +156,7 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
             loss=loss,
             learning_rate=rate,
             gradient_norm=norm,
-            examples=len(positions),
+            examples=len(rows),
             tokens=int(tokens.lengths[positions].sum()),
             seconds=time.perf_counter() - began,
         )
@@ -168,7 +170,8 @@ def _gradients(
     In fp16 a step whose gradient overflows is done again at half the loss scale, not skipped.
     """
     parameters = list(state.adapted.trained().values())
-    count = max(1, tokens.supervised(positions))
+    targets = np.concatenate([tokens.target(position) for position in positions])
+    count = state.adapted.task.counted(targets) or 1.0
     mine = positions[machine.rank :: machine.processes]
     while True:
         state.optimizer.zero_grad(set_to_none=True)

@@ -18,16 +18,15 @@ def main() -> None:
     from lowres_ft import device
     from lowres_ft.batches import in_memory
     from lowres_ft.bundle import open_bundle
-    from lowres_ft.evaluate import outputs
-    from lowres_ft.tasks.base import Example
+    from lowres_ft.evaluate import logits
 
     torch.set_num_threads(1)
     found = {}
     for folder in folders:
         bundle = open_bundle(folder)
         adapted, plan = bundle.load(device.find("cpu"))
-        encoded = adapted.task.encode(adapted.tokenizer, [Example("", text) for text in texts])
-        ours = outputs(adapted, in_memory(encoded), plan)
+        encoded = adapted.task.encode(adapted.tokenizer, [adapted.task.bare(text, "") for text in texts])
+        ours = logits(adapted, in_memory(encoded), plan)
         os.chdir(folder)
         (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
         names: dict = {}

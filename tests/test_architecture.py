@@ -15,7 +15,7 @@ LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods",
     "recipe assets",
-    "device linear quantize model data batches plan bases readers profiles guess",
+    "device linear quantize model data batches plan bases readers profiles guess splits",
     "train evaluate bundle border probes card merging prediction",
     "report pipeline runs",
     "cli __main__",

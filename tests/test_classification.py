@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from torch.nn.functional import log_softmax
 
 from lowres_ft.errors import DataError
-from lowres_ft.tasks.base import IGNORED, Batch, Example, Seen
-from lowres_ft.tasks.classification import MOST_LABELS, Classification
+from lowres_ft.tasks.base import IGNORED, Batch, Seen
+from lowres_ft.tasks.classification import MOST_LABELS, Classification, Text
 from tests import tiny
 
 TASK = Classification(labels=("bad", "good"))
 TRAIN = [
-    Example("", text, label)
+    Text("", text, label)
     for text, label in [("a dull film", "bad"), ("a great film", "good"), ("很好看", "good"), ("great :)", "good")]
 ]
 
@@ -98,11 +98,11 @@ def test_labels_that_make_no_task_are_refused(labels: tuple[object, ...], messag
     ("label", "read"), [("good", "good"), (" good", " good"), (1, "1"), (1.0, "1.0"), (True, "true"), (False, "false")]
 )
 def test_a_row_is_read_with_its_label_as_text(label: object, read: str):
-    assert TASK.read({"text": " fine ", "label": label}, "a:1") == Example("a:1", " fine ", read)
+    assert TASK.read({"text": " fine ", "label": label}, "a:1") == Text("a:1", " fine ", read)
 
 
 def test_a_row_without_a_label_column_is_read():
-    assert TASK.read({"text": "fine"}, "a:1") == Example("a:1", "fine", None)
+    assert TASK.read({"text": "fine"}, "a:1") == Text("a:1", "fine", None)
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_a_models_config_is_told_the_classes():
     }
 
 
-def test_texts_are_cut_at_the_longest_length_and_unlabelled_ones_are_ignored():
+def test_texts_are_cut_at_the_longest_length_and_unlabelled_ones_have_an_item_to_predict():
     tokenizer = tiny.tokenizer()
     task = Classification(labels=("bad", "good"), max_length=5)
-    examples = [Example("", "a good film", "good"), Example("", "the plot was not very good", "0"), Example("", "fine")]
+    examples = [Text("", "a good film", "good"), Text("", "the plot was not very good", "0"), Text("", "fine")]
     encoded = task.encode(tokenizer, examples)
-    assert [one.targets for one in encoded] == [[1], [0], [IGNORED]]
-    assert [tokenizer.decode(one.ids) for one in encoded] == [
+    assert [one.targets for [one] in encoded] == [[1], [0], [0]]
+    assert [tokenizer.decode(one.ids) for [one] in encoded] == [
         "[CLS] a good film [SEP]",
         "[CLS] the plot was [SEP]",
         "[CLS] fine [SEP]",
@@ -206,7 +206,7 @@ def test_texts_are_cut_at_the_longest_length_and_unlabelled_ones_are_ignored():
 
 
 def test_a_text_without_tokens_still_has_one():
-    [encoded] = TASK.encode(tiny.tokenizer(decoder=True), [Example("", "\u200b", "good")])
+    [[encoded]] = TASK.encode(tiny.tokenizer(decoder=True), [Text("", "\u200b", "good")])
     assert len(encoded.ids) == 1
 
 
@@ -222,24 +222,24 @@ def test_the_loss_is_a_sum_over_labelled_texts_in_single_precision():
 
 
 def test_a_prediction_is_the_likeliest_label_with_all_probabilities():
-    found = TASK.prediction(Example("a:1", "fine"), np.array([1.0, 1.0 + np.log(3)], dtype=np.float32))
+    found = TASK.prediction(Text("a:1", "fine"), np.array([[1.0, 1.0 + np.log(3)]], dtype=np.float32))
     assert found == {"text": "fine", "label": "good", "scores": pytest.approx({"bad": 0.25, "good": 0.75})}
 
 
 def test_a_prediction_of_large_outputs_is_finite():
-    found = TASK.prediction(Example("", "fine"), np.array([-1e4, 1e4], dtype=np.float32))
+    found = TASK.prediction(Text("", "fine"), np.array([[-1e4, 1e4]], dtype=np.float32))
     assert found["scores"] == {"bad": 0.0, "good": 1.0}
 
 
 def test_the_majority_baseline_gives_every_text_the_shares_of_the_classes():
-    test = [Example("", "anything", "bad"), Example("", "else", "good")]
-    outputs = TASK.baselines(TRAIN, test, seed=1)["majority"]
+    test = [Text("", "anything", "bad"), Text("", "else", "good")]
+    outputs = TASK.baselines(TRAIN, test, seed=1)["majority"].values
     assert np.exp(outputs) == pytest.approx(np.array([[2 / 6, 4 / 6]] * 2))
 
 
 def test_the_tfidf_baseline_tells_apart_what_words_signs_and_characters_tell_apart():
     train = [
-        Example("", text, label)
+        Text("", text, label)
         for text, label in [
             ("dull", "bad"),
             ("great", "good"),
@@ -249,8 +249,8 @@ def test_the_tfidf_baseline_tells_apart_what_words_signs_and_characters_tell_apa
             ("好", "good"),
         ]
     ]
-    test = [Example("", f"{one.text} {one.text}", one.label) for one in train]
-    outputs = TASK.baselines(train, test, seed=1)["tfidf"]
+    test = [Text("", f"{one.text} {one.text}", one.label) for one in train]
+    outputs = TASK.baselines(train, test, seed=1)["tfidf"].values
     assert [TASK.classes[index] for index in outputs.argmax(1)] == [one.label for one in train]
     assert np.exp(outputs).sum(1) == pytest.approx(1)
 
@@ -259,7 +259,7 @@ def test_baselines_have_finite_outputs_for_a_class_that_no_training_row_has():
     task = Classification(labels=("awful", "bad", "good"))
     found = task.baselines(TRAIN, TRAIN, seed=1)
     assert list(found) == ["majority", "tfidf"]
-    for outputs in found.values():
+    for outputs in (outputs.values for outputs in found.values()):
         assert outputs.shape == (4, 3)
         assert np.isfinite(outputs).all()
         assert (outputs.argmin(1) == 0).all()

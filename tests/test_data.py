@@ -14,8 +14,8 @@ from pyarrow import parquet
 from lowres_ft import data
 from lowres_ft.data import Data, Rows
 from lowres_ft.errors import DataError, OutputError
-from lowres_ft.tasks.base import Example
-from lowres_ft.tasks.classification import Classification
+from lowres_ft.splits import Keys, split
+from lowres_ft.tasks.classification import Classification, Text
 from tests.conftest import recipe
 
 TASK = Classification(labels=("bad", "good"))
@@ -35,10 +35,8 @@ def load(path: Path, *overrides: str) -> Data:
 
 def rows_of(pairs: Iterable[tuple[str, str]]) -> Rows:
     """Rows in two chunks, as a file of many has them."""
-    examples = [Example(f"rows:{number}", *pair) for number, pair in enumerate(pairs)]
-    raw = [{"where": e.where, "key": data.key(e), "text": e.text, "label": e.label} for e in examples]
-    schema = pa.schema([("where", pa.string()), ("key", pa.uint64()), ("text", pa.string()), ("label", pa.string())])
-    chunks = [pa.RecordBatch.from_pylist(part, schema) for part in (raw[:7], raw[7:])]
+    raw = [data._record(TASK, Text(f"rows:{number}", *pair)) for number, pair in enumerate(pairs)]
+    chunks = [pa.RecordBatch.from_pylist(part, data._SCHEMA) for part in (raw[:7], raw[7:])]
     return Rows(pa.Table.from_batches(chunks), np.arange(len(raw)))
 
 
@@ -55,12 +53,12 @@ def test_rows_come_back_as_they_were_read_in_any_order(tmp_path: Path):
     rows, seen = data.store(str(path), TASK, {}, tmp_path / "rows.arrow")
     order = np.random.default_rng(0).permutation(10_000)
     examples = list(rows.take(order).examples(TASK))
-    assert rows.table["text"].num_chunks > 1
+    assert rows.table["example"].num_chunks > 1
     assert [example.text for example in examples] == [f"film\n{number} 好 😀" for number in order]
     assert [example.label for example in examples] == [str(number % 2) for number in order]
     assert [example.where for example in examples] == [f"{path}:{2 * number + 2}" for number in order]
-    assert rows.take(order).labels() == [example.label for example in examples]
-    assert rows.take(order).take(np.array([3, 3, 0])).labels() == [examples[place].label for place in (3, 3, 0)]
+    assert rows.take(order).labels == [(example.label,) for example in examples]
+    assert rows.take(order).take(np.array([3, 3, 0])).labels == [(examples[place].label,) for place in (3, 3, 0)]
     assert {label: (at.count, at.where) for label, at in seen.items()} == {
         "0": (5000, f"{path}:2"),
         "1": (5000, f"{path}:4"),
@@ -115,7 +113,7 @@ def test_a_published_split_is_left_as_it_is_and_its_overlap_told(tmp_path: Path)
     found = load(train, f"data.test={test}", "data.validation=null")
     assert texts(found.test) == [text for text, _ in published]
     assert found.notes == ("2 of 5 test texts stand in train too; scored with and without",)
-    assert found.apart("test").tolist() == [1, 2, 4]
+    assert data.apart(found.train, found.splits()["test"]).tolist() == [1, 2, 4]
     assert found.validation is None
     assert sorted(texts(found.train)) == sorted(text for text, _ in TEN)
 
@@ -124,7 +122,7 @@ def test_a_published_split_without_overlap_has_no_note(tmp_path: Path):
     test = write(tmp_path / "test.csv", [("new 1", "bad"), ("new 2", "bad")])
     found = load(write(tmp_path / "train.csv", TEN), f"data.test={test}")
     assert found.notes == ()
-    assert found.apart("test").tolist() == [0, 1]
+    assert data.apart(found.train, found.splits()["test"]).tolist() == [0, 1]
 
 
 def test_a_limit_takes_the_first_rows_of_the_shuffled_train_and_no_others(tmp_path: Path):
@@ -156,7 +154,7 @@ def test_a_file_larger_than_the_memory_allowed_is_read_split_and_given_back(tmp_
     try:
         rows, _ = data.store(str(path), TASK, {}, tmp_path / "large.arrow")
         _, stored = tracemalloc.get_traced_memory()
-        train = rows.take(data.split(rows, TASK, {"test": 0.1}, seed=1)["train"])
+        train = rows.take(split(Keys(rows.keys(), rows.labels), TASK, {"test": 0.1}, seed=1)["train"])
         given = sum(1 for _ in zip(range(20_000), train.examples(TASK), strict=False))
         _, peak = tracemalloc.get_traced_memory()
     finally:

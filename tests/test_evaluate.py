@@ -8,7 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from lowres_ft.evaluate import difference, score
+from lowres_ft import evaluate
+from lowres_ft.evaluate import Scores, Value
+from lowres_ft.tasks.base import Ragged
 from lowres_ft.tasks.classification import Classification
 
 TASK = Classification(labels=("bad", "good"))
@@ -26,6 +28,23 @@ def sample(seed: int, rows: int, classes: int, present: int) -> tuple[np.ndarray
     outputs = random.normal(size=(rows, classes)).astype(np.float32)
     outputs[np.arange(rows), truth] += 1
     return truth, outputs
+
+
+def rows_of(values: np.ndarray) -> Ragged:
+    """One item in each row."""
+    return Ragged(values, np.arange(len(values) + 1))
+
+
+def score(task: Classification, truth: np.ndarray, outputs: np.ndarray) -> Scores:
+    return evaluate.score(task, rows_of(truth), rows_of(outputs))
+
+
+def difference(task: Classification, truth: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> Value:
+    return evaluate.difference(task, *map(rows_of, (truth, ours, theirs)))
+
+
+def evidence(task: Classification, truth: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    return task.evidence(rows_of(truth), rows_of(outputs))
 
 
 def outputs_of(predicted: list[int], classes: int = 2) -> np.ndarray:
@@ -54,7 +73,7 @@ def test_metrics_are_scikit_learns(seed: int, rows: int, classes: int, present: 
         )
         for name, average in [("f1", "macro"), ("precision", "macro"), ("recall", "macro"), ("f1", "weighted")]
     }
-    assert task_of(classes).metrics(task_of(classes).evidence(truth, outputs)) == pytest.approx(
+    assert task_of(classes).metrics(evidence(task_of(classes), truth, outputs)) == pytest.approx(
         averaged
         | {
             "accuracy": sklearn.accuracy_score(truth, predicted),
@@ -68,7 +87,7 @@ def test_metrics_are_scikit_learns(seed: int, rows: int, classes: int, present: 
 def test_the_details_by_class_are_scikit_learns(seed: int, rows: int, classes: int, present: int):
     assume(present <= classes)
     truth, outputs = sample(seed, rows, classes, present)
-    details = task_of(classes).details(task_of(classes).evidence(truth, outputs))
+    details = task_of(classes).details(evidence(task_of(classes), truth, outputs))
     every = list(range(classes))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single class in both
@@ -82,17 +101,17 @@ def test_the_details_by_class_are_scikit_learns(seed: int, rows: int, classes: i
 
 
 def test_a_confusion_has_a_row_for_each_true_class():
-    details = TASK.details(TASK.evidence(np.array([0, 0, 0, 1]), outputs_of([0, 1, 1, 1])))
+    details = TASK.details(evidence(TASK, np.array([0, 0, 0, 1]), outputs_of([0, 1, 1, 1])))
     assert details["confusion"] == [[1, 2], [0, 1]]
     assert details["classes"]["bad"] == pytest.approx({"precision": 1, "recall": 1 / 3, "f1": 1 / 2, "support": 3})
 
 
 def test_the_first_metric_is_the_one_that_early_stopping_follows():
-    assert next(iter(TASK.metrics(TASK.evidence(np.array([0, 1]), outputs_of([0, 1]))))) == TASK.metric
+    assert next(iter(TASK.metrics(evidence(TASK, np.array([0, 1]), outputs_of([0, 1]))))) == TASK.metric
 
 
 def test_log_loss_is_finite_for_outputs_that_are_sure_and_wrong():
-    found = TASK.metrics(TASK.evidence(np.array([0, 1]), np.array([[-1e4, 1e4], [1e4, -1e4]], dtype=np.float32)))
+    found = TASK.metrics(evidence(TASK, np.array([0, 1]), np.array([[-1e4, 1e4], [1e4, -1e4]], dtype=np.float32)))
     assert found["log_loss"] == pytest.approx(2e4)
     assert found["accuracy"] == 0
 
@@ -111,7 +130,7 @@ def test_every_metric_lies_in_its_interval_and_the_interval_is_repeatable():
     truth, outputs = sample(seed=2, rows=60, classes=3, present=3)
     first, second = (score(task_of(3), truth, outputs) for _ in range(2))
     assert first == second
-    assert set(first.metrics) == set(task_of(3).metrics(task_of(3).evidence(truth, outputs)))
+    assert set(first.metrics) == set(task_of(3).metrics(evidence(task_of(3), truth, outputs)))
     for value in first.metrics.values():
         assert value.low < value.value < value.high
 

@@ -16,12 +16,11 @@ from lowres_ft import profiles
 from lowres_ft.bases import Base
 from lowres_ft.batches import in_memory
 from lowres_ft.errors import ModelError
-from lowres_ft.evaluate import outputs
+from lowres_ft.evaluate import logits
 from lowres_ft.methods.lora import Lora
 from lowres_ft.pipeline import rehearse, run
 from lowres_ft.profiles import Linear
 from lowres_ft.recipe import Recipe
-from lowres_ft.tasks.base import Example
 from lowres_ft.tasks.classification import Classification
 from lowres_ft.train import train
 from tests import tiny
@@ -53,8 +52,8 @@ def trained_logits(wanted: Recipe, work: Path) -> np.ndarray:
     for _ in train(prepared.start(), prepared.tokens["train"], prepared.plan, prepared.machine):
         pass
     adapted = prepared.adapted
-    encoded = adapted.task.encode(adapted.tokenizer, [Example("", text) for text in TEXTS])
-    return outputs(adapted, in_memory(encoded), prepared.plan)
+    encoded = adapted.task.encode(adapted.tokenizer, [adapted.task.bare(text, "") for text in TEXTS])
+    return logits(adapted, in_memory(encoded), prepared.plan)
 
 
 def compare(wanted: dict[str, Recipe], folder: Path, tolerance: float = 1e-5) -> dict[str, Path]:

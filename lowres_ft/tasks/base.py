@@ -1,7 +1,12 @@
-"""What a task is: how a row becomes tokens, what its loss counts, and how it is scored."""
+"""What a task is: how a row becomes tokens, what its loss counts, and how it is scored.
 
-from collections.abc import Iterable, Mapping, Sequence
+A row gives one or more token sequences (a long text: several windows). A sequence has targets, one for the whole or
+one for each token; those that are not `IGNORED` are its items. An item is what the loss counts and what is scored.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
@@ -19,16 +24,31 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as the task sees it. `where` is its file and line."""
+    """One row as a task sees it; each task adds its own fields, of plain JSON values."""
 
     where: str
-    text: str
-    label: str | None = None
+    """File and line."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which a row's columns can hold an example, by their roles."""
+
+    given: tuple[str, ...]
+    """What is read."""
+    wanted: tuple[str, ...] = ()
+    """What is to be predicted; absent where texts without labels are read."""
+    optional: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles of the form."""
+        return (*self.given, *self.wanted, *self.optional)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One token sequence: its ids, and its targets (one for the sequence, or one a token)."""
+    """One token sequence: its ids, and its targets (for the whole, or one a token)."""
 
     ids: list[int]
     targets: list[int]
@@ -43,9 +63,54 @@ class Batch:
     mask: "Tensor"
     """(B, T) 1 for a token, 0 for padding."""
     targets: "Tensor"
-    """(B,) or (B, T) class indices, `IGNORED` where nothing is supervised."""
+    """(B, D) class indices, `IGNORED` where nothing is supervised; D is T where each token has a target."""
     rows: "Tensor"
     """(B,) positions of the sequences in their split; they key the adapter's dropout."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The items of the rows of a split, one behind the other."""
+
+    values: "np.ndarray"
+    """(items, ...)."""
+    starts: "np.ndarray"
+    """(R + 1,) where each row begins."""
+
+    @classmethod
+    def of(cls, rows: "Sequence[np.ndarray]") -> Self:
+        """Put the items of some rows together."""
+        import numpy as np
+
+        return cls(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> "np.ndarray":
+        if row >= len(self):
+            raise IndexError(row)
+        items: np.ndarray = self.values[self.starts[row] : self.starts[row + 1]]
+        return items
+
+    def __iter__(self) -> "Iterator[np.ndarray]":
+        return (self[row] for row in range(len(self)))
+
+    def take(self, rows: "np.ndarray") -> "Ragged":
+        """The items of some rows."""
+        import numpy as np
+
+        counts = np.diff(self.starts)[rows]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        index = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], counts)
+        return Ragged(self.values[index], starts)
+
+    @cached_property
+    def row_of(self) -> "np.ndarray":
+        """(items,) the row of each item."""
+        import numpy as np
+
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
 
 @dataclass(frozen=True)
@@ -57,35 +122,81 @@ class Seen:
 
 
 class Task(Spec):
-    """A task. Its fields are its part of the recipe."""
+    """A task. Its fields are its part of the recipe.
+
+    The examples that its methods get are those that its `read` made.
+    """
 
     kind: str
     """Name of the task's file."""
     max_length: int = Field(default=128, ge=4)
     """Tokens after which a text is cut; memory grows with it."""
 
-    columns: ClassVar[Mapping[str, str]]
-    """Roles of the columns that the task reads, and their Arrow types."""
+    example: ClassVar[type[Example]]
+    """The class of its examples."""
     model_class: ClassVar[str]
     """The auto class of transformers that makes the model."""
     peft_type: ClassVar[str]
     """PEFT's name for the task."""
-    metric: ClassVar[str]
-    """The score that early stopping follows; greater is better."""
-    baseline_rows: ClassVar[int]
+    hub_tag: ClassVar[str]
+    """The Hub's name for the task."""
+    new_head: ClassVar[bool] = True
+    """True where the modules outside the base are made anew, trained and saved; False where the base brings them."""
+    generates: ClassVar[bool] = False
+    """True where the answer is a text that the model writes."""
+    in_every_part: ClassVar[bool] = True
+    """True where a label with too few rows to stand in every split is an error."""
+    higher_is_better: ClassVar[bool] = True
+    """Whether a greater `metric` is a better one."""
+    metric_noise: ClassVar[float] = 0.0
+    """How much `metric` may move by rounding alone; 0 where it counts answers."""
+    base_is_baseline: ClassVar[bool] = False
+    """True where the untouched base can do the task, so that its scores before training are a baseline."""
+    baseline_rows: ClassVar[int] = 100_000
     """Training rows that the baselines see at the most."""
+
+    @property
+    def metric(self) -> str:
+        """The score that early stopping follows: the first of `metrics`."""
+        raise NotImplementedError
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The ways in which columns can hold an example; the first that a row fits is taken."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model's outputs by index, once they are known; none for a model that writes."""
+        return ()
 
     def model_config_fields(self) -> dict[str, Any]:
         """What the model's config must say about this task, such as its labels."""
-        raise NotImplementedError
+        return {}
 
-    def read(self, row: Mapping[str, Any], where: str) -> Example:
-        """Make an example of a row whose columns are named by their roles.
+    def read(self, row: Mapping[str, Any], where: str) -> Any:
+        """Make an example of a row whose columns are named by the roles of one of the `forms`.
 
         Raises:
             DataError: The row cannot be one; the message names `where`.
         """
         raise NotImplementedError
+
+    def bare(self, text: str, where: str) -> Any:
+        """Make an example of a text alone, to predict on.
+
+        Raises:
+            DataError: A text alone is no example.
+        """
+        return self.read({"text": text}, where)
+
+    def keys(self, example: Any) -> Collection[str]:
+        """Texts by which rows are the same: two that share one stay on one side of a split."""
+        return (example.text,)
+
+    def labels_in(self, example: Any) -> Collection[str]:
+        """The labels of an example: they are counted, and splits are stratified by the rarest."""
+        return ()
 
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         """Return the task with its labels known, given the labels that stand in the training rows.
@@ -93,7 +204,7 @@ class Task(Spec):
         Raises:
             DataError: The labels are not what the recipe says, or no task can be made of them.
         """
-        raise NotImplementedError
+        return self
 
     def check(self, seen: Mapping[str, Seen]) -> None:
         """Compare the labels of a held-out split with the task's.
@@ -101,46 +212,68 @@ class Task(Spec):
         Raises:
             DataError: Some are unknown; the message lists them with file and line.
         """
-        raise NotImplementedError
 
     def class_of(self, label: str) -> int:
-        """The index of a row's label, by which a split is stratified.
+        """The index of one of a row's labels, by which splits are stratified.
 
         Raises:
             KeyError: The label is none of the task's.
         """
+        raise KeyError(label)
+
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Any]) -> list[list[Encoded]]:
+        """The token sequences of each example; none for an example that is left out.
+
+        An example without labels gets targets all the same: they mark the items to predict.
+
+        Raises:
+            DataError: An example cannot be trained on.
+        """
         raise NotImplementedError
 
-    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example]) -> list[Encoded]:
-        """Tokenize examples; an example without a label gets `IGNORED` targets."""
-        raise NotImplementedError
+    def counted(self, targets: "np.ndarray") -> float:
+        """What the loss of these items is divided by: their number, or the sum of their weights."""
+        return float((targets != IGNORED).sum())
 
     def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        """Sum (not mean) of the loss over the supervised items of a batch, in fp32."""
+        """Sum (not mean) of the loss over the items of a batch, in fp32."""
         raise NotImplementedError
 
     def outputs(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        """(B, ...) fp32 scores of a batch, from which predictions are made."""
+        """(B, D, W) fp32 values from which items are scored and predicted."""
         raise NotImplementedError
 
-    def evidence(self, targets: "np.ndarray", outputs: "np.ndarray") -> "np.ndarray":
-        """(N, ...) what each row contributes to the scores; computed once, and resampled by a bootstrap."""
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
+        """(B, ...) fp32 logits by which two models are compared; 0 where there is padding."""
+        raise NotImplementedError
+
+    def choice(self, logits: "np.ndarray") -> "np.ndarray":
+        """What logits decide for; where two models' choices differ, an answer flipped."""
+        chosen: np.ndarray = logits.argmax(-1)
+        return chosen
+
+    def evidence(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        """(R, ...) what each row contributes to the scores; computed once, and resampled by a bootstrap."""
         raise NotImplementedError
 
     def metrics(self, evidence: "np.ndarray") -> dict[str, float]:
-        """Scores by name; called again for every resample of the evidence's rows."""
+        """Scores by name, the first one first; called again for every resample of the evidence's rows."""
         raise NotImplementedError
 
     def details(self, evidence: "np.ndarray") -> dict[str, Any]:
         """What a report shows beside the metrics, such as a confusion matrix."""
-        raise NotImplementedError
+        return {}
 
-    def baselines(self, train: Iterable[Example], test: Iterable[Example], seed: int) -> "dict[str, np.ndarray]":
+    def tune(self, truth: Ragged, outputs: Ragged) -> Self:
+        """The task with what is chosen on validation after training, such as thresholds."""
+        return self
+
+    def baselines(self, train: Iterable[Any], test: Iterable[Any], seed: int) -> dict[str, Ragged]:
         """Outputs on `test` of simple models made from `train`, by name."""
-        raise NotImplementedError
+        return {}
 
-    def prediction(self, example: Example, output: "np.ndarray") -> dict[str, Any]:
-        """One line of `lowres-ft predict --json`."""
+    def prediction(self, example: Any, output: Any) -> dict[str, Any]:
+        """One line of `lowres-ft predict --json`, from an example and its items' outputs (or the answer written)."""
         raise NotImplementedError
 
 

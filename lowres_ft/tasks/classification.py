@@ -3,12 +3,13 @@
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, field_validator
 
 from lowres_ft.errors import DataError, nearest
-from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Seen, Task
+from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Form, Ragged, Seen, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,14 @@ def _as_text(value: object) -> object:
 Label = Annotated[str, BeforeValidator(_as_text)]
 
 
+@dataclass(frozen=True, slots=True)
+class Text(Example):
+    """A text and its label; None where it is to be predicted."""
+
+    text: str
+    label: str | None = None
+
+
 class Classification(Task):
     """One of several labels for each text."""
 
@@ -37,11 +46,10 @@ class Classification(Task):
     labels: tuple[Label, ...] | None = None
     """Names of the classes in order; null finds them in the training rows."""
 
-    columns: ClassVar[Mapping[str, str]] = {"text": "string", "label": "string"}
+    example: ClassVar[type[Example]] = Text
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str] = "SEQ_CLS"
-    metric: ClassVar[str] = "accuracy"
-    baseline_rows: ClassVar[int] = 100_000  # TF-IDF holds its vocabulary in memory
+    hub_tag: ClassVar[str] = "text-classification"
 
     @field_validator("labels")
     @classmethod
@@ -53,6 +61,18 @@ class Classification(Task):
         if labels is not None and len(set(labels)) < len(labels):
             raise ValueError("must not name a class twice")
         return labels
+
+    @property
+    def metric(self) -> str:
+        return "accuracy"
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return (Form(given=("text",), wanted=("label",)),)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.labels or ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,19 +88,22 @@ class Classification(Task):
             "problem_type": "single_label_classification",
         }
 
-    def read(self, row: Mapping[str, Any], where: str) -> Example:
+    def read(self, row: Mapping[str, Any], where: str) -> Text:
         text, label = row["text"], row.get("label")
         if text is None or (isinstance(text, str) and not text.strip()):
             raise DataError(f"{where}: the text is empty")
         if not isinstance(text, str):
             raise DataError(f"{where}: the text is {_quoted(text)}, which is not text")
         if "label" not in row:
-            return Example(where, text)
+            return Text(where, text)
         if label is None or label != label or (isinstance(label, str) and not label.strip()):
             raise DataError(f"{where}: the label is empty")
         if not isinstance(label, str | int | float):
             raise DataError(f"{where}: the label is {_quoted(label)}, which is neither a word nor a number")
-        return Example(where, text, str(_as_text(label)))
+        return Text(where, text, str(_as_text(label)))
+
+    def labels_in(self, example: Text) -> Collection[str]:
+        return () if example.label is None else (example.label,)
 
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         if len(seen) > MOST_LABELS:
@@ -143,30 +166,34 @@ class Classification(Task):
                 return index
         raise KeyError(label)
 
-    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example]) -> list[Encoded]:
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Text]) -> list[list[Encoded]]:
         texts = [example.text for example in examples]
         ids = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         empty = [tokenizer.pad_token_id]
         return [
-            Encoded(list(tokens) or empty, [IGNORED if example.label is None else self.class_of(example.label)])
+            [Encoded(list(tokens) or empty, [0 if example.label is None else self.class_of(example.label)])]
             for tokens, example in zip(ids, examples, strict=True)
         ]
 
     def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self.outputs(model, batch), batch.targets[:, 0], ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(self.logits(model, batch), batch.targets[:, 0], ignore_index=IGNORED, reduction="sum")
 
     def outputs(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
+        return self.logits(model, batch)[:, None]
+
+    def logits(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
         logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
         return logits.float()
 
-    def evidence(self, targets: "np.ndarray", outputs: "np.ndarray") -> "np.ndarray":
-        """(N, 3): the true class, the predicted one, and the log-probability of the true one."""
+    def evidence(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        """(R, 3): the true class, the predicted one, and the log-probability of the true one."""
         import numpy as np
 
-        log_probability = _log_softmax(outputs)[np.arange(len(targets)), targets]
-        return np.stack([targets, outputs.argmax(1), log_probability], axis=1)
+        targets, scores = truth.values, outputs.values
+        log_probability = _log_softmax(scores)[np.arange(len(targets)), targets]
+        return np.stack([targets, scores.argmax(1), log_probability], axis=1)
 
     def metrics(self, evidence: "np.ndarray") -> dict[str, float]:
         """Macro averages are over all labels; a ratio without cases is 0, as in scikit-learn."""
@@ -198,7 +225,7 @@ class Classification(Task):
         cells = (evidence[:, 0] * size + evidence[:, 1]).astype(np.int64)
         return np.bincount(cells, minlength=size * size).reshape(size, size)
 
-    def baselines(self, train: Iterable[Example], test: Iterable[Example], seed: int) -> "dict[str, np.ndarray]":
+    def baselines(self, train: Iterable[Text], test: Iterable[Text], seed: int) -> dict[str, Ragged]:
         """Log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
         import numpy as np
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -215,12 +242,13 @@ class Classification(Task):
         tfidf.fit([row.text for row in rows], targets)
         outputs = np.full((len(texts), len(self.classes)), np.log(1e-9))
         outputs[:, tfidf[-1].classes_] = np.log(np.maximum(tfidf.predict_proba(texts), 1e-9))
-        return {"majority": np.tile(np.log(shares), (len(texts), 1)), "tfidf": outputs}
+        found = {"majority": np.tile(np.log(shares), (len(texts), 1)), "tfidf": outputs}
+        return {name: Ragged(values, np.arange(len(texts) + 1)) for name, values in found.items()}
 
-    def prediction(self, example: Example, output: "np.ndarray") -> dict[str, Any]:
+    def prediction(self, example: Text, output: "np.ndarray") -> dict[str, Any]:
         import numpy as np
 
-        scores = np.exp(_log_softmax(output[None])[0])
+        scores = np.exp(_log_softmax(output)[0])
         by_label = {label: float(score) for label, score in zip(self.classes, scores, strict=True)}
         return {"text": example.text, "label": self.classes[int(output.argmax())], "scores": by_label}
 
