@@ -103,7 +103,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def _starter(base: str, progress: assets.Progress | None) -> Base:
     starter = assets.starter(base.removeprefix("starter:"))
-    if starter.file is not None:
+    if not starter.is_model:
         raise ModelError(f"{base} is data, not a model", hint="Use it as data.train.")
     folder = assets.fetch(starter.asset, progress)
     name, _, revision = (starter.asset.hub or str(folder)).partition("@")
@@ -114,7 +114,7 @@ def _hub(base: str, revision: str | None) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.file is None]
+    starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.is_model]
     try:
         with libraries.quiet_hub():
             found = snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB)

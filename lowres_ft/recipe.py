@@ -37,7 +37,8 @@ class DataSpec(Spec):
     """Where the rows come from, and which of them are held out."""
 
     train: str = Field(min_length=1)
-    """`starter:NAME`, a .csv, .tsv, .jsonl or .parquet file, a glob, or `hub:ID@revision/config:split`."""
+    """`starter:NAME/SPLIT`, `hub:ID@revision/config:split`, a glob, or a file that ends in .csv, .tsv, .jsonl, .json,
+    .parquet, .conll, .bio or .iob."""
     validation: Share | str | None = 0.1
     """A share of train, or a source of its own; null for none."""
     test: Share | str | None = 0.1

@@ -14,8 +14,8 @@ MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path i
 LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods",
-    "recipe assets",
-    "device linear quantize model data batches plan bases readers profiles guess",
+    "recipe assets starters",
+    "device linear quantize model data batches plan bases readers formats profiles guess",
     "train evaluate bundle border probes card merging prediction",
     "report pipeline runs",
     "cli __main__",

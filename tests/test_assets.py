@@ -7,6 +7,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ from typing import ClassVar
 import huggingface_hub.constants
 import pytest
 
+from lowres_ft import formats
 from lowres_ft.assets import STARTERS, Asset, fetch, starter
 from lowres_ft.errors import AssetError
 
@@ -73,18 +75,20 @@ def fails(wanted: Asset) -> AssetError:
 
 
 def test_a_starter_is_known_by_its_name():
-    assert set(STARTERS) == {"minilm-l6", "rotten-tomatoes", "imdb"}
+    data = {"rotten-tomatoes", "imdb", "reuters-r8", "newsgroups-20", "wnut16", "dialogs"}
+    assert {name for name, found in STARTERS.items() if not found.is_model} == data
+    assert {name for name, found in STARTERS.items() if found.is_model} == {"minilm-l6"}
     with pytest.raises(AssetError, match=r"no starter 'rotten-tomatos' \(did you mean 'rotten-tomatoes'\?\)") as caught:
         starter("rotten-tomatos")
-    assert caught.value.hint == "There are minilm-l6, rotten-tomatoes, imdb."
+    assert caught.value.hint.startswith("There are minilm-l6, rotten-tomatoes, imdb, ")
 
 
 @pytest.mark.parametrize("name", STARTERS)
 def test_every_starter_is_pinned(name):
     found = starter(name)
-    names = [Path(member).name for member in found.asset.members]
-    assert len(set(names)) == len(names), "members lie side by side"
-    assert found.file is None or found.file in names
+    names = [found.asset.below(member) for member in found.asset.members]
+    assert all(any(fnmatch(file, name) for name in names) for file in found.splits.values())
+    assert found.form in {"", *formats.BY_FORM}
     assert all(len(bytes.fromhex(digest)) == 32 for digest in found.asset.members.values())
     assert found.asset.hub is None or len(found.asset.hub.partition("@")[2]) == 40
     assert found.summary

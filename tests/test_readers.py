@@ -163,8 +163,12 @@ def test_a_glob_is_read_in_the_order_of_names(tmp_path: Path, pattern: str, foun
         ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:1: cannot be read: .*4300 digits", "One object"),
         ("a.jsonl", b'{"x": ' + b"[" * 200_000, r"a\.jsonl:1: (cannot be read: .*recursion|not JSON)", "One object"),
         ("a.parquet", b"PAR1 and no more PAR1", r"a\.parquet: (not a Parquet file|cannot be read)", "whole"),
-        ("a.txt", b"fine\n", r"a\.txt: unknown kind of file", ".csv, .tsv, .jsonl, .parquet"),
-        ("a.json", b"[]", r"a\.json: unknown kind of file", ".jsonl"),
+        (
+            "a.txt",
+            b"fine\n",
+            r"a\.txt: unknown kind of file",
+            ".csv, .tsv, .jsonl, .json, .parquet, .conll, .bio, .iob",
+        ),
     ],
 )
 def test_a_broken_file_is_told_by_file_and_line(tmp_path: Path, name: str, content: bytes, message: str, hint: str):
