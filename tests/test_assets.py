@@ -77,10 +77,10 @@ def fails(wanted: Asset) -> AssetError:
 def test_a_starter_is_known_by_its_name():
     data = {"rotten-tomatoes", "imdb", "reuters-r8", "newsgroups-20", "wnut16", "dialogs"}
     assert {name for name, found in STARTERS.items() if not found.is_model} == data
-    assert {name for name, found in STARTERS.items() if found.is_model} == {"minilm-l6"}
+    assert {name for name, found in STARTERS.items() if found.is_model} == {"minilm-l6", "smollm2-135m"}
     with pytest.raises(AssetError, match=r"no starter 'rotten-tomatos' \(did you mean 'rotten-tomatoes'\?\)") as caught:
         starter("rotten-tomatos")
-    assert caught.value.hint.startswith("There are minilm-l6, rotten-tomatoes, imdb, ")
+    assert caught.value.hint.startswith("There are minilm-l6, smollm2-135m, rotten-tomatoes, imdb, ")
 
 
 @pytest.mark.parametrize("name", STARTERS)
