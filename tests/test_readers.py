@@ -204,6 +204,7 @@ def test_a_truncated_parquet_file_is_told(tmp_path: Path):
         ("quite-different", r"^no file quite-different$", "hub:quite-different"),
         ("owner/name", r"^no file owner/name: there is no folder owner", "hub:owner/name"),
         ("rotten-tomatoes", "^no file rotten-tomatoes$", "starter:rotten-tomatoes"),
+        ("reuters-r8/test", "^no file reuters-r8/test$", "starter:reuters-r8/test"),
         ("data", "^data is a folder$", "'data/*.csv'"),
         ("*.tsv", r"^no file \*\.tsv", "The current folder is"),
         ("x" * 300 + ".csv", "^no file xxx", "The current folder is"),
@@ -226,6 +227,20 @@ def test_a_starter_model_is_no_data():
     with pytest.raises(DataError, match="starter:minilm-l6 is a model, not data") as error:
         list(readers.rows("starter:minilm-l6"))
     assert "model.base" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "hint"),
+    [
+        ("starter:reuters-r8/tset", r"no split 'tset' \(did you mean 'test'\?\)", "It has train, test; the first is"),
+        ("starter:imdb/test", "starter:imdb has no split 'test'", "It has train; "),
+        ("starter:dialogs/germany", r"no split 'germany' \(did you mean 'german'\?\)", "It has english, "),
+    ],
+)
+def test_a_split_that_a_starter_lacks_is_told(source: str, message: str, hint: str):
+    with pytest.raises(DataError, match=message) as error:
+        list(readers.rows(source))
+    assert hint in error.value.hint
 
 
 @pytest.mark.parametrize(
