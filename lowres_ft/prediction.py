@@ -11,6 +11,7 @@ from lowres_ft.bundle import Bundle
 from lowres_ft.data import Rows
 from lowres_ft.errors import DataError
 from lowres_ft.evaluate import Scores
+from lowres_ft.generation import Writer
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.tasks.base import Task
@@ -19,7 +20,7 @@ _AT_ONCE = 1024  # texts that stand in memory together
 
 
 class Predictor:
-    """A bundle's model, ready to label texts."""
+    """A bundle's model, ready to predict."""
 
     def __init__(self, adapted: Adapted, plan: Plan) -> None:
         self.adapted = adapted
@@ -28,6 +29,10 @@ class Predictor:
     def __call__(self, examples: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """Yield what `lowres-ft predict --json` prints, one for each example, in order."""
         task = self.adapted.task
+        if task.generates:
+            writer = Writer(self.adapted)
+            yield from (task.prediction(example, writer(example)) for example in examples)
+            return
         iterator = iter(examples)
         while part := list(itertools.islice(iterator, _AT_ONCE)):
             tokens = in_memory(task.encode(self.adapted.tokenizer, part))
@@ -69,7 +74,7 @@ def examples(bundle: Bundle, file: str) -> Iterator[Any]:
         return
     task, columns = bundle.recipe.task, bundle.recipe.data.columns
     for where, row in readers.rows(file):
-        yield task.read(data.by_role(row, where, task.forms, columns, labelled=False), where)
+        yield task.question(data.by_role(row, where, task.forms, columns, labelled=False), where)
 
 
 def held_out(bundle: Bundle, work: Path, source: str | None) -> tuple[Rows, str]:
