@@ -7,9 +7,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import TextStreamer
 
-from lowres_ft.errors import DataError
+from lowres_ft.bundle import Bundle
+from lowres_ft.errors import BundleError, DataError
 from lowres_ft.model import Adapted
 from lowres_ft.tasks import _templates
+from lowres_ft.tasks._messages import Message
 from lowres_ft.tasks.chat import Chat, Conversation
 
 Heard = Callable[[str], Any]
@@ -39,8 +41,14 @@ class Writer:
             DataError: The conversation leaves no room for an answer.
         """
         adapted = self.adapted
-        ids = self.prompt_ids(example)
-        self._require_room(len(ids), example.where)
+        ids = self._prompt(example)
+        room = self._room()
+        if room is not None and len(ids) + self.most > room:
+            raise DataError(
+                f"{example.where}: the conversation has {len(ids)} tokens, and with {self.most} for the answer that is "
+                f"more than the {room} of this model",
+                hint="Shorten it, or ask for fewer tokens.",
+            )
         streamer = None if heard is None else _Heard(adapted.tokenizer, heard)
         was_training = adapted.model.training
         adapted.model.eval()
@@ -54,25 +62,21 @@ class Writer:
             adapted.model.train(was_training)
         return str(adapted.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)).strip()
 
-    def prompt_ids(self, example: Conversation) -> list[int]:
+    def fits(self, example: Conversation) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        room = self._room()
+        return room is None or len(self._prompt(example)) + self.most <= room
+
+    def _prompt(self, example: Conversation) -> list[int]:
         """Token ids of a conversation up to where the next answer begins."""
         text = _templates.prompt(self.adapted.tokenizer, example.messages, example.where)
         ids: list[int] = self.adapted.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def room(self) -> int | None:
+    def _room(self) -> int | None:
         """Tokens that a conversation and its answer may have; None where the model names no limit."""
         most = getattr(self.adapted.model.config.get_text_config(), "max_position_embeddings", None)
         return int(most) if most else None
-
-    def _require_room(self, tokens: int, where: str) -> None:
-        room = self.room()
-        if room is not None and tokens + self.most > room:
-            raise DataError(
-                f"{where}: the conversation has {tokens} tokens, and with {self.most} for the answer that is more than "
-                f"the {room} of this model",
-                hint="Shorten it, or ask for fewer tokens.",
-            )
 
 
 class _Heard(TextStreamer):  # type: ignore[misc]  # transformers is untyped
@@ -86,3 +90,47 @@ class _Heard(TextStreamer):  # type: ignore[misc]  # transformers is untyped
         """Called by transformers."""
         if text:
             self.heard(text)
+
+
+class Session:
+    """A conversation that goes on; when it grows too long for the model, its first turns are left out."""
+
+    def __init__(self, writer: Writer, *, system: str | None = None) -> None:
+        self.writer = writer
+        self.opening = [] if system is None else [{"role": "system", "content": system}]
+        self.turns: list[Message] = []
+        self.forgotten = 0
+        """Turns that were left out so far."""
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.turns = []
+
+    def say(self, text: str, heard: Heard | None = None) -> str:
+        """Send a message and return the answer.
+
+        Raises:
+            DataError: The message alone leaves no room for an answer.
+        """
+        self.turns.append({"role": "user", "content": text})
+        while len(self.turns) > 1 and not self.writer.fits(self._example()):
+            del self.turns[:2]
+            self.forgotten += 1
+        answer = self.writer(self._example(), heard)
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _example(self) -> Conversation:
+        return Conversation("this conversation", [*self.opening, *self.turns])
+
+
+def require_chat(bundle: Bundle) -> None:
+    """Refuse a bundle that does not write.
+
+    Raises:
+        BundleError: It labels texts.
+    """
+    if not bundle.recipe.task.generates:
+        raise BundleError(
+            f"{bundle.folder} was trained for {bundle.passport.task}, not for chat", hint="Use lowres-ft predict."
+        )
