@@ -147,7 +147,9 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
             hint="Raise it, or leave it out.",
         )
     data = Data(task, train, held.get("validation"), held.get("test"))
-    return replace(data, notes=tuple(_overlaps(data, spec)))
+    whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
+    read = [f"{name}: {note}" for name, found in whole.items() for note in task.notes(found.examples(task))]
+    return replace(data, notes=(*read, *_overlaps(data, spec)))
 
 
 def _classes(task: Task, rows: Rows) -> set[int]:

@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -84,7 +84,8 @@ def predict(
     else:
         found = predictor.texts(_typed())
     with _writing(out) as sink:
-        for line in _lines(found, as_json):
+        for one in found:
+            line = json.dumps(one, ensure_ascii=False) if as_json else opened.recipe.task.line(one)
             sink.write(line + "\n")
 
 
@@ -103,20 +104,6 @@ def _typed() -> Iterator[str]:
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not {error.encoding}: {error.reason}", hint="Send UTF-8 text.") from error
-
-
-def _lines(predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
-    for found in predictions:
-        if as_json:
-            yield json.dumps(found, ensure_ascii=False)
-        else:
-            label = found["label"]
-            yield f"{_printable(label)}\t{found['scores'][label]:.3f}\t{_printable(found['text'])}"
-
-
-def _printable(text: str) -> str:
-    """Keep one prediction on one line, and the cursor where it is."""
-    return "".join(mark if mark.isprintable() else " " for mark in text)
 
 
 @contextmanager

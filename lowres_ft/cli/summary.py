@@ -10,7 +10,11 @@ from lowres_ft.recipe import Recipe
 if TYPE_CHECKING:
     from lowres_ft.pipeline import Rehearsal
 
-_NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression"}
+_NAMES = {
+    "majority": "majority class",
+    "tfidf": "TF-IDF + logistic regression",
+    "gazetteer": "entities of train by heart",
+}
 
 
 def run(folder: Path, report: dict[str, Any]) -> str:
@@ -54,12 +58,12 @@ def rehearsal_json(found: "Rehearsal") -> str:
 
 
 def scores_table(scores: dict[str, Any]) -> str:
-    """Every metric with its interval, then each class."""
+    """Every metric with its interval, then each class or type of entities."""
     rows = [f"{name:<16} {_interval(value)}" for name, value in scores.items() if "low" in value]
-    classes = scores.get("classes", {})
-    for label, found in classes.items():
-        figures = "  ".join(f"{name} {found[name]:.3f}" for name in ("precision", "recall", "f1"))
-        rows.append(f"  {label:<14} {figures}  rows {found['support']}")
+    for part, counted in (("classes", "rows"), ("types", "entities")):
+        for label, found in scores.get(part, {}).items():
+            figures = "  ".join(f"{name} {found[name]:.3f}" for name in ("precision", "recall", "f1"))
+            rows.append(f"  {label:<14} {figures}  {counted} {found['support']}")
     return "\n".join(rows)
 
 
