@@ -89,6 +89,7 @@ def load(
         ModelError: The base cannot be loaded or adapted as asked.
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
+    recipe.task.prepare(tokenizer)
     dtype = getattr(torch, plan.dtype)
     model, heads = _load_model(recipe, base, profile, plan, tokenizer)
     keys = DropoutKeys(recipe.train.seed)

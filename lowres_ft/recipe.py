@@ -49,6 +49,8 @@ class DataSpec(Spec):
     """Which column plays a role, where its name differs: `{text: review, label: stars}`."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N rows of train after the seeded shuffle."""
+    distinct: bool = False
+    """Use each row once, however often it stands in its source."""
     probe_rows: int = Field(default=8, ge=0, le=256)
     """Validation rows whose token ids and logits lie in the bundle for `verify`; 0, or no validation, for none."""
 

@@ -16,7 +16,7 @@ LAYERS = (
     "registry tasks methods",
     "recipe assets gguf starters",
     "device linear quantize model data batches plan bases readers formats profiles guess splits",
-    "train evaluate bundle border probes card merging prediction",
+    "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs",
     "cli __main__",
 )

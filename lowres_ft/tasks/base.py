@@ -184,13 +184,21 @@ class Task(Spec):
         """
         raise NotImplementedError
 
+    def question(self, row: Mapping[str, Any], where: str) -> Any:
+        """Make an example to predict on, of a row without what is wanted.
+
+        Raises:
+            DataError: The row cannot be one.
+        """
+        return self.read(row, where)
+
     def bare(self, text: str, where: str) -> Any:
         """Make an example of a text alone, to predict on.
 
         Raises:
             DataError: A text alone is no example.
         """
-        return self.read({"text": text}, where)
+        return self.question({"text": text}, where)
 
     def keys(self, example: Any) -> Collection[str]:
         """Texts by which rows are the same: two that share one stay on one side of a split."""
@@ -226,6 +234,13 @@ class Task(Spec):
             KeyError: The label is none of the task's.
         """
         raise KeyError(label)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Give a base's tokenizer what the task needs, before anything is encoded or saved.
+
+        Raises:
+            ModelError: It cannot be used for the task.
+        """
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Any]) -> list[list[Encoded]]:
         """The token sequences of each example; none for an example that is left out.

@@ -1,0 +1,136 @@
+"""Answers that a chat model writes, token by token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import TextStreamer
+
+from lowres_ft.bundle import Bundle
+from lowres_ft.errors import BundleError, DataError
+from lowres_ft.model import Adapted
+from lowres_ft.tasks import _templates
+from lowres_ft.tasks._messages import Message
+from lowres_ft.tasks.chat import Chat, Conversation
+
+Heard = Callable[[str], Any]
+"""Called with each piece of an answer as it is written."""
+
+
+class Writer:
+    """Writes the answers of a model that was adapted to chat."""
+
+    def __init__(self, adapted: Adapted, *, max_new_tokens: int | None = None, temperature: float = 0.0) -> None:
+        """`temperature` 0 takes the likeliest token each time; above, tokens are drawn."""
+        assert isinstance(adapted.task, Chat)
+        self.adapted = adapted
+        self.most = max_new_tokens or adapted.task.max_new_tokens
+        own = getattr(adapted.model.generation_config, "eos_token_id", None)
+        ends = {*_templates.turn_ends(adapted.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
+        drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        self.ends = sorted(ends)
+        self.config = GenerationConfig(
+            max_new_tokens=self.most, eos_token_id=self.ends, pad_token_id=adapted.tokenizer.pad_token_id, **drawn
+        )
+
+    def __call__(self, example: Conversation, heard: Heard | None = None) -> str:
+        """The answer to the last question of a conversation.
+
+        Raises:
+            DataError: The conversation leaves no room for an answer.
+        """
+        adapted = self.adapted
+        ids = self._prompt(example)
+        room = self._room()
+        if room is not None and len(ids) + self.most > room:
+            raise DataError(
+                f"{example.where}: the conversation has {len(ids)} tokens, and with {self.most} for the answer that is "
+                f"more than the {room} of this model",
+                hint="Shorten it, or ask for fewer tokens.",
+            )
+        streamer = None if heard is None else _Heard(adapted.tokenizer, heard)
+        was_training = adapted.model.training
+        adapted.model.eval()
+        try:
+            prompt = torch.tensor([ids], device=adapted.device)
+            with torch.inference_mode(), adapted.computing():
+                found = adapted.model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=self.config, streamer=streamer
+                )
+        finally:
+            adapted.model.train(was_training)
+        return str(adapted.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)).strip()
+
+    def fits(self, example: Conversation) -> bool:
+        """Whether a conversation leaves room for an answer."""
+        room = self._room()
+        return room is None or len(self._prompt(example)) + self.most <= room
+
+    def _prompt(self, example: Conversation) -> list[int]:
+        """Token ids of a conversation up to where the next answer begins."""
+        text = _templates.prompt(self.adapted.tokenizer, example.messages, example.where)
+        ids: list[int] = self.adapted.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _room(self) -> int | None:
+        """Tokens that a conversation and its answer may have; None where the model names no limit."""
+        most = getattr(self.adapted.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(most) if most else None
+
+
+class _Heard(TextStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Hands on the text that is certain, without the prompt and without the token that ends the turn."""
+
+    def __init__(self, tokenizer: Any, heard: Heard) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.heard = heard
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers."""
+        if text:
+            self.heard(text)
+
+
+class Session:
+    """A conversation that goes on; when it grows too long for the model, its first turns are left out."""
+
+    def __init__(self, writer: Writer, *, system: str | None = None) -> None:
+        self.writer = writer
+        self.opening = [] if system is None else [{"role": "system", "content": system}]
+        self.turns: list[Message] = []
+        self.forgotten = 0
+        """Turns that were left out so far."""
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.turns = []
+
+    def say(self, text: str, heard: Heard | None = None) -> str:
+        """Send a message and return the answer.
+
+        Raises:
+            DataError: The message alone leaves no room for an answer.
+        """
+        self.turns.append({"role": "user", "content": text})
+        while len(self.turns) > 1 and not self.writer.fits(self._example()):
+            del self.turns[:2]
+            self.forgotten += 1
+        answer = self.writer(self._example(), heard)
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _example(self) -> Conversation:
+        return Conversation("this conversation", [*self.opening, *self.turns])
+
+
+def require_chat(bundle: Bundle) -> None:
+    """Refuse a bundle that does not write.
+
+    Raises:
+        BundleError: It labels texts.
+    """
+    if not bundle.recipe.task.generates:
+        raise BundleError(
+            f"{bundle.folder} was trained for {bundle.passport.task}, not for chat", hint="Use lowres-ft predict."
+        )
