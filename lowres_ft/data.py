@@ -154,6 +154,8 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
             hint="Raise it, or leave it out.",
         )
     data = Data(task, train, held.get("validation"), held.get("test"))
+    whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
+    notes += [f"{name}: {note}" for name, found in whole.items() for note in task.notes(found.examples(task))]
     return replace(data, notes=(*notes, *_overlaps(data, spec)))
 
 

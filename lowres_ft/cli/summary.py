@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 _SAMPLES = 3  # sample answers that are printed
 _WIDTH = 100  # characters of one
-_NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression", "base": "untouched base"}
+_NAMES = {
+    "majority": "majority class",
+    "tfidf": "TF-IDF + logistic regression",
+    "gazetteer": "entities of train by heart",
+    "base": "untouched base",
+}
 
 
 def run(folder: Path, report: dict[str, Any]) -> str:
@@ -73,12 +78,12 @@ def rehearsal_json(found: "Rehearsal") -> str:
 
 
 def scores_table(scores: dict[str, Any]) -> str:
-    """Every metric with its interval, then each class."""
+    """Every metric with its interval, then each class or type of entities."""
     rows = [f"{name:<16} {_interval(value)}" for name, value in scores.items() if "low" in value]
-    classes = scores.get("classes", {})
-    for label, found in classes.items():
-        figures = "  ".join(f"{name} {found[name]:.3f}" for name in ("precision", "recall", "f1"))
-        rows.append(f"  {label:<14} {figures}  rows {found['support']}")
+    for part, counted in (("classes", "rows"), ("types", "entities")):
+        for label, found in scores.get(part, {}).items():
+            figures = "  ".join(f"{name} {found[name]:.3f}" for name in ("precision", "recall", "f1"))
+            rows.append(f"  {label:<14} {figures}  {counted} {found['support']}")
     return "\n".join(rows)
 
 

@@ -150,6 +150,8 @@ class Task(Spec):
     """Whether a greater `metric` is a better one."""
     metric_noise: ClassVar[float] = 0.0
     """How much `metric` may move by rounding alone; 0 where it counts answers."""
+    spans_refer_to_text: ClassVar[bool] = False
+    """True where an answer holds places in the text as given, so that nothing may move its characters."""
     base_is_baseline: ClassVar[bool] = False
     """True where the untouched base can do the task, so that its scores before training are a baseline."""
     baseline_rows: ClassVar[int] = 100_000
@@ -205,6 +207,10 @@ class Task(Spec):
     def labels_in(self, example: Any) -> Collection[str]:
         """The labels of an example: they are counted, and splits are stratified by the rarest."""
         return ()
+
+    def notes(self, examples: Iterable[Any]) -> Iterator[str]:
+        """Sentences about how the rows of a source were read, where it is worth telling."""
+        return iter(())
 
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         """Return the task with its labels known, given the labels that stand in the training rows.
@@ -290,6 +296,16 @@ class Task(Spec):
     def prediction(self, example: Any, output: Any) -> dict[str, Any]:
         """One line of `lowres-ft predict --json`, from an example and its items' outputs (or the answer written)."""
         raise NotImplementedError
+
+    def line(self, found: Mapping[str, Any]) -> str:
+        """A prediction as one line of text, its parts separated by tabs."""
+        label = found["label"]
+        return f"{printable(label)}\t{found['scores'][label]:.3f}\t{printable(found['text'])}"
+
+
+def printable(text: str) -> str:
+    """Keep one prediction on one line, and the cursor where it is."""
+    return "".join(mark if mark.isprintable() else " " for mark in text)
 
 
 PLUGIN = Task
