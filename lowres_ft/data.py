@@ -146,7 +146,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
             f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row",
             hint="Raise it, or leave it out.",
         )
-    data = Data(task, train, held.get("validation"), held.get("test"))
+    data = Data(task.weigh(train.labels), train, held.get("validation"), held.get("test"))
     return replace(data, notes=tuple(_overlaps(data, spec)))
 
 
@@ -197,7 +197,8 @@ def store(
 def _record(task: Task, example: Example) -> dict[str, Any]:
     """An example as it lies in the Arrow file."""
     content = {field.name: getattr(example, field.name) for field in fields(example) if field.name != "where"}
-    text = json.dumps(content, ensure_ascii=False)
+    # What an example does not have is left out, so that a field more does not change what is known of older rows.
+    text = json.dumps({name: value for name, value in content.items() if value is not None}, ensure_ascii=False)
     return {
         "where": example.where,
         "keys": [key(text) for text in task.keys(example)],

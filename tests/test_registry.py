@@ -1,6 +1,7 @@
 """What every plug-in promises: found by walking the folders."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ PLUGINS = [
     (folder, path.stem)
     for folder in BASES
     for path in sorted((Path(lowres_ft.__file__).parent / folder).glob("*.py"))
-    if path.stem not in ("__init__", "base")
+    if path.stem != "base" and not path.stem.startswith("_")
 ]
 
 

@@ -84,7 +84,7 @@ def predict(
     else:
         found = predictor.texts(_typed())
     with _writing(out) as sink:
-        for line in _lines(found, as_json):
+        for line in _lines(opened, found, as_json):
             sink.write(line + "\n")
 
 
@@ -105,18 +105,10 @@ def _typed() -> Iterator[str]:
         raise DataError(f"standard input is not {error.encoding}: {error.reason}", hint="Send UTF-8 text.") from error
 
 
-def _lines(predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
+def _lines(bundle: "Bundle", predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
+    task = bundle.recipe.task
     for found in predictions:
-        if as_json:
-            yield json.dumps(found, ensure_ascii=False)
-        else:
-            label = found["label"]
-            yield f"{_printable(label)}\t{found['scores'][label]:.3f}\t{_printable(found['text'])}"
-
-
-def _printable(text: str) -> str:
-    """Keep one prediction on one line, and the cursor where it is."""
-    return "".join(mark if mark.isprintable() else " " for mark in text)
+        yield json.dumps(found, ensure_ascii=False) if as_json else task.line(found)
 
 
 @contextmanager
