@@ -145,8 +145,7 @@ class Bundle:
         path = self.folder / PROBE
         if not path.is_file():
             return None
-        held = read_tensors(path)
-        return Probe(held["input_ids"], held["attention_mask"])
+        return Probe.of(read_tensors(path))
 
     def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
         """Compare the probe rows' logits with those recorded; `open_bundle` has compared the hashes.
@@ -263,8 +262,7 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
             raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")
         del adapted
         reference, _ = bundle.load(machine, dtype="float32")
-        held = {"input_ids": probed.ids, "attention_mask": probed.mask, "logits": probed.logits(reference)}
-        write_bytes(bundle.folder / PROBE, bytes_from(held))
+        write_bytes(bundle.folder / PROBE, bytes_from(probed.tensors() | {"logits": probed.logits(reference)}))
     files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
     passport = bundle.passport.model_copy(update={"files": files})
     write_json(bundle.folder / PASSPORT, passport.model_dump(mode="json"))

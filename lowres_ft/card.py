@@ -6,9 +6,12 @@ from typing import Any
 from lowres_ft import yaml12
 from lowres_ft.bundle import Bundle
 
+_FIGURES = {"value", "low", "high", "count"}
+
 
 def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
     """The card of a bundle whose scores stand in `report`. `pad_token_id` is given where the base sets none."""
+    trial = bundle.recipe.task.trial
     body = [
         f"# {bundle.recipe.name}",
         bundle.recipe.summary,
@@ -17,7 +20,7 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
         _table(report),
         "95 % bootstrap intervals. `report.json` holds the rest, `recipe.yaml` the experiment, `lowres.json` hashes.",
         "## Use",
-        'With lowres-ft: `lowres-ft predict . "a text"`; `lowres-ft verify .` checks files and logits.',
+        f"With lowres-ft: `lowres-ft predict . {trial}`; `lowres-ft verify .` checks files and logits.",
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
         f"```python\n{_lines(bundle, pad_token_id)}\n```",
     ]
@@ -47,7 +50,7 @@ def _table(report: dict[str, Any]) -> str:
     rows += [(f"test, baseline {name}", scores) for name, scores in report["baselines"].items()]
     if not rows:
         return "No rows were held out."
-    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and "low" in value]
+    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and value.keys() >= _FIGURES]
     lines = ["| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, scores in rows:
         cells = [f"{scores[n]['value']:.3f} [{scores[n]['low']:.3f}, {scores[n]['high']:.3f}]" for n in names]
@@ -101,4 +104,6 @@ def _labels(bundle: Bundle) -> str:
         return ""
     id2label = ", ".join(f"{index}: {json.dumps(label, ensure_ascii=False)}" for index, label in enumerate(labels))
     label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
-    return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}"
+    kind = bundle.recipe.task.model_config_fields().get("problem_type")
+    more = f', problem_type="{kind}"' if kind == "multi_label_classification" else ""
+    return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}{more}"
