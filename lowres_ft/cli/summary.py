@@ -74,7 +74,7 @@ def rehearsal_json(found: "Rehearsal") -> str:
 
 def scores_table(scores: dict[str, Any]) -> str:
     """Every metric with its interval, then each class."""
-    rows = [f"{name:<16} {_interval(value)}" for name, value in scores.items() if "low" in value]
+    rows = [f"{name:<16} {_interval(value)}" for name, value in scores.items() if _is_metric(value)]
     classes = scores.get("classes", {})
     for label, found in classes.items():
         figures = "  ".join(f"{name} {found[name]:.3f}" for name in ("precision", "recall", "f1"))
@@ -82,8 +82,12 @@ def scores_table(scores: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _is_metric(value: object) -> bool:
+    return isinstance(value, dict) and "low" in value
+
+
 def _scores(split: str, scores: dict[str, Any]) -> str:
-    first, *others = [name for name in scores if isinstance(scores[name], dict) and "low" in scores[name]]
+    first, *others = [name for name, value in scores.items() if _is_metric(value)]
     second = f"   {_value(scores, others[0])}" if others else ""
     return f"{split} ({scores[first]['count']:,} rows): {_value(scores, first)}{second}"
 
