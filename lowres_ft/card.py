@@ -67,7 +67,7 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
                 f"from transformers import AutoTokenizer, {auto}",
                 f'model = {auto}.from_pretrained(".").eval()',
                 'tokenizer = AutoTokenizer.from_pretrained(".")',
-                *(_ANSWERING if bundle.recipe.task.generates else ()),
+                *_answering(bundle),
             ]
         )
     base = bundle.passport.base
@@ -79,18 +79,25 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
             f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}{_labels(bundle)}{_pad(pad_token_id)})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
-            *(_ANSWERING if bundle.recipe.task.generates else ()),
+            *_answering(bundle),
         ]
     )
 
 
-_ANSWERING = (
-    'messages = [{"role": "user", "content": "Hello."}]',
-    "inputs = tokenizer.apply_chat_template(",
-    '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
-    "answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
-    'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-)
+def _answering(bundle: Bundle) -> tuple[str, ...]:
+    """Lines that ask a model that writes; one that can think is asked not to, as it was trained."""
+    if not bundle.recipe.task.generates:
+        return ()
+    template = bundle.folder / "chat_template.jinja"
+    thinks = template.is_file() and "enable_thinking" in template.read_text(encoding="utf-8")
+    return (
+        'messages = [{"role": "user", "content": "Hello."}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        + (", enable_thinking=False)" if thinks else ")"),
+        "answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    )
 
 
 def _pad(pad_token_id: int | None) -> str:
