@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import profiles, quantize
+from lowres_ft import linear, profiles, quantize
 from lowres_ft.bases import VOCABULARIES, Base
+from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
-from lowres_ft.linear import AdaptedLinear, DropoutKeys
-from lowres_ft.methods.base import Method
+from lowres_ft.linear import AdaptedLinear
+from lowres_ft.methods.base import Adapter, Method
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
+from lowres_ft.storage import Plain, Storage
 from lowres_ft.tasks.base import Batch, Task
 
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
@@ -107,20 +109,19 @@ def load(
 
 
 def merge(adapted: Adapted) -> None:
-    """Fold each adapter into its weight, in place: afterwards the model is a plain one of transformers."""
-    for name in adapted.adapted:
-        layer = adapted.model.get_submodule(name)
-        assert isinstance(layer, AdaptedLinear)
-        weight = (layer.weight + layer.delta()).to(layer.weight.dtype)
+    """Make each layer that was replaced a plain one, in place: afterwards the model is one of transformers."""
+    layers = {name: layer for name, layer in adapted.model.named_modules() if isinstance(layer, AdaptedLinear)}
+    for name, layer in layers.items():
+        weight, bias = layer.merged()
         plain: nn.Module
         if layer.transposed:
             plain = Conv1D(layer.out_features, layer.in_features)
             weight = weight.t().contiguous()
         else:
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if layer.bias is not None:
-            plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.to(adapted.dtype), requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias, requires_grad=False)
         adapted.model.set_submodule(name, plain)
 
 
@@ -191,7 +192,10 @@ def _load_model(
 def _from_files(
     recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the weights; return the model and the outermost modules that were newly made."""
+    """Load the weights; return the model and the outermost modules that were newly made.
+
+    They are quantized from the dtype of the files, so that their codes do not depend on what computes.
+    """
     options = quantize.loading_options(recipe.model.quantize, plan.device, keep)
     torch.manual_seed(recipe.train.seed)
     try:
@@ -199,7 +203,7 @@ def _from_files(
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
-                dtype=dtype,
+                dtype="auto" if options else dtype,
                 attn_implementation=plan.attention,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -209,8 +213,19 @@ def _from_files(
             )
     except (ValueError, OSError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first_line(error)}") from error
+    if options:
+        _cast(model, dtype)
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold what is not quantized in `dtype`, but for the modules that transformers keeps in fp32."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}  # noqa: SLF001
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _outermost(model: PreTrainedModel, missing: set[str], mismatched: set[str], base: Base) -> tuple[str, ...]:
@@ -288,30 +303,25 @@ def _adapt(model: PreTrainedModel, recipe: Recipe, heads: tuple[str, ...], keys:
     modules = dict(profiles.linear_layers(model, heads))
     linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
     chosen = profiles.targets(recipe.method, linears)
-    adapter = recipe.method.low_rank()
-    for linear in linears:
-        module = modules[linear.name]
-        if linear.name not in chosen and quantize.codes(module) is None:
-            continue
-        replaced = _frozen(module)
-        if adapter is not None and linear.name in chosen:
-            replaced.adapt(linear.name, adapter, keys)
-        model.set_submodule(linear.name, replaced)
+    for name, module in modules.items():
+        held = quantize.storage(module)
+        adapter = recipe.method.adapter(name) if name in chosen else None
+        if held is not None or adapter is not None:
+            model.set_submodule(name, _replaced(module, held, name, adapter, keys))
     return chosen
 
 
-def _frozen(module: nn.Module) -> AdaptedLinear:
-    """An AdaptedLinear without adapter that computes what `module` does."""
+def _replaced(
+    module: nn.Module, held: Storage | None, name: str, adapter: Adapter | None, keys: DropoutKeys
+) -> AdaptedLinear:
+    """A layer with an adapter that computes what `module` does, whose weight is `held` where it is quantized."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     transposed = issubclass(getattr(module, "source_cls", type(module)), Conv1D)  # bitsandbytes' layers name theirs
-    if (quantized := quantize.codes(module)) is not None:
-        layer = AdaptedLinear(quantized[0], bias, scale=quantized[1])
-    else:
-        layer = AdaptedLinear(weight.t().contiguous() if transposed else weight, bias)
-    layer.transposed = transposed
-    return layer
+    if held is None:
+        held = Plain(weight.t().contiguous() if transposed else weight)
+    return linear.make(held, bias, adapter, name, keys, transposed=transposed)
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from lowres_ft import (
     model,
     probes,
     profiles,
+    quantize,
     report,
     train,
 )
@@ -101,6 +102,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         profile = profiles.profile(bases.resolve(recipe.model, _progress(listen)), rows.task)
     chosen = profiles.targets(recipe.method, profile.linears)
     profiles.require_length(profile, recipe.task)
+    quantize.require_widths(profile, recipe.model.quantize)
     return Rehearsal(
         rows=sizes,
         labels=tuple(getattr(rows.task, "labels", None) or ()),
@@ -127,6 +129,7 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
     profile = profiles.profile(base, resolved.task)
     profiles.targets(resolved.method, profile.linears)  # a wrong name is told before any weight is read
     profiles.require_length(profile, resolved.task)
+    quantize.require_widths(profile, resolved.model.quantize)
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
