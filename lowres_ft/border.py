@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowres_ft.errors import BundleError
-from lowres_ft.linear import AdaptedLinear
+from lowres_ft.linear import FROZEN_HALVES, AdaptedLinear
 from lowres_ft.methods.base import matches
 from lowres_ft.model import Adapted
 
@@ -20,7 +20,12 @@ _PREFIX = "base_model.model."
 
 def peft_tensors(adapted: Adapted) -> dict[str, Tensor]:
     """The tensors of a bundle under PEFT's names, contiguous and on the processor."""
-    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in adapted.tensors().items()}
+    tensors = {name: tensor for name, tensor in adapted.tensors().items() if not name.endswith(FROZEN_HALVES)}
+    for name in adapted.adapted:
+        layer = adapted.model.get_submodule(name)
+        assert isinstance(layer, AdaptedLinear)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer.saved().items()}
+    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:

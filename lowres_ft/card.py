@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lowres_ft import yaml12
+from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
 
 
@@ -71,14 +71,27 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
     label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
     base = bundle.passport.base
     options = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    names = [auto, "AutoTokenizer"]
+    if bundle.recipe.method.corrects_quantization:
+        names.append("BitsAndBytesConfig")
+        options += f",\n    quantization_config=BitsAndBytesConfig({_quantization(bundle)})"
     pad = "" if pad_token_id is None else f", pad_token_id={pad_token_id}"
     return "\n".join(
         [
             "from peft import PeftModel",
-            f"from transformers import AutoTokenizer, {auto}",
+            f"from transformers import {', '.join(sorted(names))}",
             f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}, num_labels={len(labels)},",
             f"    id2label={{{id2label}}}, label2id={label2id}{pad})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
         ]
     )
+
+
+def _quantization(bundle: Bundle) -> str:
+    """The arguments that quantize the base as it was in training, all but the heads."""
+    config = json.loads((bundle.folder / "adapter_config.json").read_bytes())
+    fields = quantize.config_fields(bundle.passport.quantize)
+    if config["modules_to_save"]:  # without any, transformers spares the output layer
+        fields["llm_int8_skip_modules"] = config["modules_to_save"]
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())

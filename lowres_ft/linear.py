@@ -11,6 +11,12 @@ operations with a copy of x in fp32. Here a layer keeps x (shared by all layers 
 
 A and B are fp32 parameters; their copies in the dtype of x live only within a call.
 
+PiSSA (Meng et al. 2024, arXiv:2404.02948) begins with factors A0 and B0 of W's principal part and takes them back: its
+update is B A - B0 A0. It is computed, and saved, as one of twice the rank, made of differences, so that 16 bits hold
+what was learned:
+
+    B A - B0 A0 = [B, B - B0] [A - A0; A0].
+
 A layer with a magnitude (DoRA, Liu et al. 2024, arXiv:2402.09353) computes, with V = W + s B A and g = m / ||V||,
 
     y = g (x V^T) + b,   ||V||^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B (A A^T) . B   for each row,
@@ -26,8 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from lowres_ft.dropout import DropoutKeys, DropoutMask, mix
+from lowres_ft.factorize import principal
 from lowres_ft.methods.base import Adapter, LowRank, Scale
 from lowres_ft.storage import Storage
+
+FROZEN_HALVES = (".lora_A0", ".lora_B0")
+"""How the names of tensors end that are kept with an adapter, but not trained."""
 
 
 class AdaptedLinear(nn.Module):
@@ -61,9 +71,16 @@ class AdaptedLinear(nn.Module):
         """Weight (outputs, inputs) in fp32 and bias of a plain layer that computes the same."""
         return self.storage.dequantized(), self.bias
 
+    def saved(self) -> dict[str, Tensor]:
+        """What a bundle holds of the adapter."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+
 
 class LowRankLinear(AdaptedLinear):
     """A frozen linear layer and its low-rank adapter."""
+
+    lora_A0: Tensor | None  # noqa: N815 (PEFT's names)
+    lora_B0: Tensor | None  # noqa: N815
 
     def __init__(
         self, storage: Storage, bias: Tensor | None, adapter: LowRank, name: str, keys: DropoutKeys, **options: bool
@@ -77,10 +94,30 @@ class LowRankLinear(AdaptedLinear):
         device = storage.weight.device
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, adapter.rank, device=device))
+        self.register_buffer("lora_A0", None)
+        self.register_buffer("lora_B0", None)
         self.scaling, self.dropout, self.keys = adapter.scaling, adapter.dropout, keys
 
+    @torch.no_grad()
+    def begin_with(self, update: Tensor) -> None:
+        """Begin with the principal part of `update` (outputs, inputs)."""
+        a, b = principal(update, len(self.lora_A))
+        self.lora_A.copy_(a * self.scaling**-0.5)
+        self.lora_B.copy_(b * self.scaling**-0.5)
+
+    def take_back(self) -> None:
+        """Take the update as it stands back, for good."""
+        self.lora_A0, self.lora_B0 = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update."""
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return self.lora_A, self.lora_B
+        a = torch.cat([self.lora_A - self.lora_A0, self.lora_A0])
+        return a, torch.cat([self.lora_B, self.lora_B - self.lora_B0], dim=1)
+
     def product(self, x: Tensor, shape: torch.Size) -> Tensor:
-        return low_rank(x, self.storage, self.bias, self.lora_A, self.lora_B, self.scaling, self.mask(shape))
+        return low_rank(x, self.storage, self.bias, *self.factors(), self.scaling, self.mask(shape))
 
     def mask(self, shape: torch.Size) -> DropoutMask | None:
         """The dropout mask of an input of that shape; None where nothing is dropped."""
@@ -90,11 +127,15 @@ class LowRankLinear(AdaptedLinear):
 
     def delta(self) -> Tensor:
         """The adapter's update of the weight, (outputs, inputs) in fp32."""
-        b, a = (tensor.detach().cpu().double() for tensor in (self.lora_B, self.lora_A))  # MPS has no float64
+        a, b = (tensor.detach().cpu().double() for tensor in self.factors())  # MPS has no float64
         return (b @ a).mul_(self.scaling).float().to(self.weight.device)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         return self.storage.dequantized() + self.delta(), self.bias
+
+    def saved(self) -> dict[str, Tensor]:
+        a, b = self.factors()
+        return super().saved() | {"lora_A": a.detach(), "lora_B": b.detach()}
 
 
 class DoraLinear(LowRankLinear):

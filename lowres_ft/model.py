@@ -10,18 +10,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import linear, profiles, quantize
+from lowres_ft import attach, profiles, quantize
 from lowres_ft.bases import VOCABULARIES, Base
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
-from lowres_ft.linear import AdaptedLinear
-from lowres_ft.methods.base import Adapter, Method
+from lowres_ft.linear import FROZEN_HALVES
+from lowres_ft.methods.base import Method
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
-from lowres_ft.storage import Plain, Storage
 from lowres_ft.tasks.base import Batch, Task
 
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
@@ -41,6 +39,8 @@ class Adapted:
     adapted: tuple[str, ...]
     keys: DropoutKeys
     dtype: torch.dtype
+    parameters: int
+    """Of the whole model, adapters not counted."""
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +58,8 @@ class Adapted:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a bundle holds: the adapters and the heads (with their buffers), by their names in the model."""
-        found = dict(self.trained())
+        found: dict[str, Tensor] = dict(self.trained())
+        found |= {name: b for name, b in self.model.named_buffers() if name.endswith(FROZEN_HALVES)}
         for head in self.heads:
             found |= {f"{head}.{name}": t for name, t in self.model.get_submodule(head).state_dict().items()}
         return {name: tensor.detach() for name, tensor in found.items()}
@@ -80,12 +81,18 @@ class Adapted:
 
 
 def load(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
+    recipe: Recipe,
+    base: Base,
+    profile: Profile,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    new: bool = True,
 ) -> Adapted:
     """Load a base with the head of the recipe's task, whose labels are known, and add what the method trains.
 
     Frozen weights are held in the plan's dtype or quantized; adapters and heads in fp32. New weights follow
-    from the seed.
+    from the seed; those of a model that is not `new` are to be restored from a bundle.
 
     Raises:
         ModelError: The base cannot be loaded or adapted as asked.
@@ -97,32 +104,37 @@ def load(
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
     if not recipe.method.trains_base:
-        chosen = _adapt(model, recipe, heads, keys)
+        chosen = attach.attach(model, recipe.method, heads, keys, new=new)
+        if new:
+            originals = _originals(recipe, base, plan, heads) if recipe.method.corrects_quantization else {}
+            attach.begin(model, recipe.method, chosen, originals)
         _require_distinct(model, heads)
         for head in heads:
             module = model.get_submodule(head).float().requires_grad_(True)
             module.register_forward_pre_hook(_to_float32)
     model.train(recipe.model.dropout > 0)
-    adapted = Adapted(model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype)
+    adapted = Adapted(
+        model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters
+    )
     _require_padding_without_effect(adapted)
     return adapted
 
 
+def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weights (outputs, inputs) of the base's linear layers before they are quantized, in fp32."""
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
+    model, _ = _from_files(plain, base, plan, profiles.config(base, recipe.task), heads, torch.float32)
+    return {name: attach.weight(module) for name, module in profiles.linear_layers(model, heads)}
+
+
+def dequantize(adapted: Adapted) -> None:
+    """Hold the weights that the quantized base computes with as plain ones, in place."""
+    attach.dequantize(adapted.model, adapted.dtype)
+
+
 def merge(adapted: Adapted) -> None:
-    """Make each layer that was replaced a plain one, in place: afterwards the model is one of transformers."""
-    layers = {name: layer for name, layer in adapted.model.named_modules() if isinstance(layer, AdaptedLinear)}
-    for name, layer in layers.items():
-        weight, bias = layer.merged()
-        plain: nn.Module
-        if layer.transposed:
-            plain = Conv1D(layer.out_features, layer.in_features)
-            weight = weight.t().contiguous()
-        else:
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight.to(adapted.dtype), requires_grad=False)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias, requires_grad=False)
-        adapted.model.set_submodule(name, plain)
+    """Fold each adapter into its weight, in place: afterwards the model is a plain one of transformers."""
+    attach.fold(adapted.model, adapted.dtype)
 
 
 def save_plain(adapted: Adapted, folder: Path) -> None:
@@ -296,32 +308,6 @@ def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
         for head in heads:
             if name.endswith(head) and not any(f"{name}.".startswith(f"{other}.") for other in heads):
                 raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
-
-
-def _adapt(model: PreTrainedModel, recipe: Recipe, heads: tuple[str, ...], keys: DropoutKeys) -> tuple[str, ...]:
-    """Replace the layers that are adapted or quantized; return the names of those adapted."""
-    modules = dict(profiles.linear_layers(model, heads))
-    linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
-    chosen = profiles.targets(recipe.method, linears)
-    for name, module in modules.items():
-        held = quantize.storage(module)
-        adapter = recipe.method.adapter(name) if name in chosen else None
-        if held is not None or adapter is not None:
-            model.set_submodule(name, _replaced(module, held, name, adapter, keys))
-    return chosen
-
-
-def _replaced(
-    module: nn.Module, held: Storage | None, name: str, adapter: Adapter | None, keys: DropoutKeys
-) -> AdaptedLinear:
-    """A layer with an adapter that computes what `module` does, whose weight is `held` where it is quantized."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    transposed = issubclass(getattr(module, "source_cls", type(module)), Conv1D)  # bitsandbytes' layers name theirs
-    if held is None:
-        held = Plain(weight.t().contiguous() if transposed else weight)
-    return linear.make(held, bias, adapter, name, keys, transposed=transposed)
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

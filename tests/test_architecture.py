@@ -15,7 +15,7 @@ LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods",
     "recipe assets",
-    "device dropout storage linear quantize model data batches plan bases readers profiles guess",
+    "device dropout storage factorize linear attach quantize model data batches plan bases readers profiles guess",
     "train evaluate bundle border probes card merging prediction",
     "report pipeline runs",
     "cli __main__",

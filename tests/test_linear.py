@@ -8,11 +8,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import quantize
+from lowres_ft import factorize, quantize
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError
-from lowres_ft.linear import AdaptedLinear, DoraLinear, LowRankLinear
-from lowres_ft.methods.base import LowRank
+from lowres_ft.factorize import principal
+from lowres_ft.linear import AdaptedLinear, DoraLinear, LowRankLinear, ScaledLinear
+from lowres_ft.methods.base import LowRank, Scale
 from lowres_ft.methods.lora import Lora
 from lowres_ft.storage import Int8, Nf4, Plain, Storage
 
@@ -310,3 +311,118 @@ def test_doras_norms_are_those_of_the_dequantized_sum(form: str):
     exact = (plain.storage.dequantized().double() + layer.delta().double()).norm(dim=1)
     assert close(layer.norms(), exact, 1e-6)
     assert close(layer.norms(torch.bfloat16) if form != "none" else layer.norms(), exact, 5e-3)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 64, 4), (64, 40, 4), (6, 20, 9)])
+def test_principal_factors_are_those_of_the_singular_values(rows: int, columns: int, rank: int):
+    matrix = torch.randn(rows, columns)
+    a, b = principal(matrix, rank)
+    assert (a.shape, b.shape) == ((rank, columns), (rows, rank))
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
+    torch.testing.assert_close((b.double() @ a.double()), nearest, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+    torch.testing.assert_close(principal(matrix.clone(), rank), (a, b), rtol=0, atol=0)
+
+
+def test_principal_factors_of_a_large_matrix_are_near_the_exact_ones(monkeypatch: pytest.MonkeyPatch):
+    values = torch.linspace(0, 1, 200).pow(2)
+    left, right = (torch.linalg.qr(torch.randn(width, 200))[0] for width in (300, 240))
+    matrix = (left * values) @ right.t()
+    exact = principal(matrix, 8)
+    monkeypatch.setattr(factorize, "_EXACT_UP_TO", 100)
+    found = principal(matrix, 8)
+    left_out, least = ((matrix - b @ a).norm() for a, b in (found, exact))
+    assert least <= left_out <= 1.001 * least
+    torch.testing.assert_close(found[0], principal(matrix, 8)[0], rtol=0, atol=0)
+
+
+def pissa(held: Tensor | Storage, scaling: float = 2.0, dropout: float = 0.0) -> LowRankLinear:
+    held = Plain(held) if isinstance(held, Tensor) else held
+    layer = LowRankLinear(held, None, LowRank(RANK, scaling, dropout), "layer", DropoutKeys(3))
+    layer.begin_with(held.dequantized())
+    layer.take_back()
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pissa_begins_at_its_base_to_the_bit(dtype: torch.dtype):
+    weight = torch.randn(OUTPUTS, INPUTS)
+    layer = pissa(weight.to(dtype))
+    x = torch.randn(6, INPUTS).to(dtype)
+    assert torch.equal(layer(x), layer.storage.product(x))
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    left, values, right = torch.linalg.svd(weight.to(dtype).double(), full_matrices=False)
+    nearest = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+    torch.testing.assert_close(2.0 * (b.double() @ a.double()), nearest, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_pissa_trains_one_half_and_takes_the_other_back(dropout: float):
+    torch.manual_seed(7)
+    layer = pissa(torch.randn(OUTPUTS, INPUTS), dropout=dropout)
+    with torch.no_grad():
+        for parameter in (layer.lora_A, layer.lora_B):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    layer.keys.set(step=5, rows=torch.arange(6), length=1)
+    x, y = torch.randn(6, INPUTS, requires_grad=True), torch.randn(6, OUTPUTS)
+    mask = layer.mask(x.shape)
+    dropped = x if mask is None else x * mask.masked(torch.ones(6, INPUTS)) * mask.scale
+    update = layer.lora_B @ layer.lora_A - layer.lora_B0 @ layer.lora_A0
+    expected = x @ layer.weight.t() + layer.scaling * dropped @ update.t()
+    found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    inputs = [x, layer.lora_A, layer.lora_B]
+    for own, other in zip(
+        torch.autograd.grad((found * y).sum(), inputs), torch.autograd.grad((expected * y).sum(), inputs), strict=True
+    ):
+        assert close(own, other, 1e-5)
+    assert close(layer.delta(), layer.scaling * update.detach(), 1e-5)
+    saved = layer.saved()
+    assert (saved["lora_A"].shape, saved["lora_B"].shape) == ((2 * RANK, INPUTS), (OUTPUTS, 2 * RANK))
+    assert close(saved["lora_B"] @ saved["lora_A"], update.detach(), 1e-5)
+
+
+def test_pissa_in_bf16_holds_small_changes():
+    """Held as factors and their negatives, changes below 1/256 of a factor would be lost to rounding."""
+    torch.manual_seed(8)
+    layer = pissa(torch.randn(OUTPUTS, INPUTS).bfloat16())
+    with torch.no_grad():
+        for parameter in (layer.lora_A, layer.lora_B):
+            parameter.mul_(1 + 1e-4 * torch.randn_like(parameter))
+    x = torch.randn(6, INPUTS).bfloat16()
+    exact = x.double() @ layer.delta().double().t()
+    base = torch.zeros_like(layer.weight)
+    layer.storage = Plain(base)
+    assert close(layer(x), exact, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("of", ["inputs", "outputs"])
+def test_scales_and_their_gradients_are_near_float64(of: str, form: str, dtype: torch.dtype):
+    torch.manual_seed(9)
+    plain, dense = dense_layer(dtype) if form == "none" else quantized_layer(form)
+    bias = torch.randn(OUTPUTS).to(dtype)
+    layer = ScaledLinear(plain.storage, bias, Scale("inputs" if of == "inputs" else "outputs"))
+    assert layer.ia3_l.shape == ((1, INPUTS) if of == "inputs" else (OUTPUTS, 1))
+    x = torch.randn(6, INPUTS).to(dtype).requires_grad_()
+    y = torch.randn(6, OUTPUTS)
+    assert torch.equal(layer(x), plain.storage.product(x, bias))
+    nn.init.uniform_(layer.ia3_l, 0.5, 2)
+    exact_x = x.detach().double().requires_grad_()
+    factors = layer.ia3_l.detach().double().requires_grad_()
+    if of == "inputs":
+        exact = nn.functional.linear(exact_x * factors, dense.double(), bias.double())
+    else:
+        exact = nn.functional.linear(exact_x, dense.double(), bias.double()) * factors[:, 0]
+    relative = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    found = layer(x)
+    assert found.dtype == dtype
+    assert close(found, exact, relative)
+    grads = torch.autograd.grad((found * y.to(dtype)).sum(), [x, layer.ia3_l])
+    expected = torch.autograd.grad((exact * y).sum(), [exact_x, factors])
+    assert all(close(own, other, 4 * relative) for own, other in zip(grads, expected, strict=True))
+    merged, merged_bias = layer.merged()
+    whole = nn.functional.linear(exact_x, merged.double(), None if merged_bias is None else merged_bias.double())
+    assert close(found, whole, 2 * relative)

@@ -1,5 +1,6 @@
 """Every method on every storage: round trips through a fresh process and PEFT, merges, counts, refusals."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.linear import AdaptedLinear
 from lowres_ft.merging import merge
 from lowres_ft.methods.ia3 import Ia3
+from lowres_ft.model import Adapted
 from lowres_ft.pipeline import rehearse, run
 from lowres_ft.recipe import Recipe, TrainSpec
+from lowres_ft.storage import Plain
 from lowres_ft.tasks.classification import Classification
 from lowres_ft.train import _groups, train
 from tests import tiny
 from tests.conftest import Prepared, prepare, recipe
 from tests.test_round_trip import compare
+from tests.test_train import gradients, randomize
 
 Bases = Callable[..., Path]
 WIDE = {
@@ -37,7 +41,7 @@ def wide(bases: Bases, reviews: Path, architecture: str, *overrides: str) -> Rec
 def test_nf4_round_trips_and_is_near_the_unquantized_base(bases: Bases, reviews: Path, tmp_path: Path):
     """PEFT's client has the unquantized base, so its logits are near, not equal."""
     wanted = {name: wide(bases, reviews, name, "model.quantize=nf4") for name in WIDE}
-    bundles = compare(wanted, tmp_path, tolerance=1.0)
+    bundles = compare(wanted, tmp_path, tolerance=0.5)
     for name, folder in bundles.items():
         bundle = open_bundle(folder)
         checked = bundle.verify(device.find("cpu"))
@@ -45,7 +49,7 @@ def test_nf4_round_trips_and_is_near_the_unquantized_base(bases: Bases, reviews:
         merged = merge(bundle, tmp_path / f"{name}.merged", device.find("cpu"))
         assert merged.largest_difference <= 1e-4
         assert merged.from_measured is not None
-        assert 1e-3 < merged.from_measured < 2.0
+        assert 1e-3 < merged.from_measured < 0.5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -99,29 +103,47 @@ METHODS = {
     "dora": ("method.kind=dora", "method.rank=4"),
     "ia3": ("method.kind=ia3",),
     "lora+": ("method.rate_ratio=8",),
+    "pissa": ("method.init=pissa",),
+    "loftq": ("method.init=loftq",),
 }
+STORED = [
+    (method, form)
+    for method in METHODS
+    for form in ("none", "int8", "nf4")
+    if (method, form == "none") not in (("pissa", False), ("loftq", True))
+]
 
 
 def test_methods_round_trip(bases: Bases, reviews: Path, tmp_path: Path):
+    plain = [method for method, form in STORED if form == "none"]
+    wanted = {f"{method}.{name}": wide(bases, reviews, name, *METHODS[method]) for method in plain for name in WIDE}
+    bundles = compare(wanted, tmp_path)
+    config = json.loads((bundles["pissa.gpt2"] / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64, True)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_methods_round_trip_on_quantized_bases(bases: Bases, reviews: Path, tmp_path: Path, form: str):
+    """PEFT's client has the unquantized base, so its logits are near, not equal: by 0.01 for int8, 0.3 for nf4."""
     wanted = {
-        f"{method}.{name}": wide(bases, reviews, name, *changes) for method, changes in METHODS.items() for name in WIDE
+        f"{method}.{name}": wide(bases, reviews, name, f"model.quantize={form}", *METHODS[method])
+        for method in ("dora", "ia3", "lora+")
+        for name in WIDE
     }
-    compare(wanted, tmp_path)
+    compare(wanted, tmp_path, tolerance=0.02 if form == "int8" else 0.5)
 
 
-def test_methods_round_trip_on_quantized_bases(bases: Bases, reviews: Path, tmp_path: Path):
-    """PEFT's client has the unquantized base, so its logits are near, not equal."""
+def test_loftq_round_trips_on_the_quantized_base_that_its_card_loads(bases: Bases, reviews: Path, tmp_path: Path):
+    """bitsandbytes' own products round in bf16 and 8 bits; on another base logits are off by ten times as much."""
     wanted = {
-        f"{method}.{name}.{form}": wide(bases, reviews, name, f"model.quantize={form}", *changes)
-        for method, changes in METHODS.items()
+        f"{name}.{form}": wide(bases, reviews, name, f"model.quantize={form}", *METHODS["loftq"])
         for name in WIDE
         for form in ("int8", "nf4")
     }
-    compare(wanted, tmp_path, tolerance=1.0)
+    compare(wanted, tmp_path, tolerance=0.02)
 
 
-@pytest.mark.parametrize("form", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "form"), STORED)
 def test_merges(bases: Bases, reviews: Path, tmp_path: Path, method: str, form: str):
     for name in WIDE:
         wanted = wide(bases, reviews, name, f"model.quantize={form}", "train.steps=10", *METHODS[method])
@@ -133,28 +155,27 @@ def test_merges(bases: Bases, reviews: Path, tmp_path: Path, method: str, form: 
 
 @pytest.mark.parametrize("form", ["none", "int8", "nf4"])
 def test_what_is_trained_is_what_the_profile_counts(bases: Bases, reviews: Path, tmp_path: Path, form: str):
-    for kind in registry.names("methods"):
+    kinds = {kind: (f"method.kind={kind}",) for kind in registry.names("methods") if kind != "full" or form == "none"}
+    kinds |= {method: changes for method, changes in METHODS.items() if (method, form) in STORED}
+    for kind, changes in kinds.items():
         for name in WIDE:
-            if kind == "full" and form != "none":
-                continue
-            wanted = wide(bases, reviews, name, f"method.kind={kind}", f"model.quantize={form}")
+            wanted = wide(bases, reviews, name, f"model.quantize={form}", *changes)
             prepared = prepare(wanted, tmp_path / f"{kind}.{name}")
             planned = rehearse(wanted, device_name="cpu").trainable_parameters
             assert sum(p.numel() for p in prepared.adapted.trained().values()) == planned
 
 
-def logits(prepared: Prepared) -> torch.Tensor:
+def logits(adapted: Adapted) -> torch.Tensor:
     with torch.inference_mode():
-        found: torch.Tensor = prepared.adapted.model(input_ids=torch.tensor([[5, 6, 7], [9, 8, 7]])).logits
+        found: torch.Tensor = adapted.model(input_ids=torch.tensor([[5, 6, 7], [9, 8, 7]])).logits
     return found
 
 
-@pytest.mark.parametrize("form", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "form"), [(method, form) for method, form in STORED if method != "loftq"])
 def test_a_new_adapter_changes_nothing(bases: Bases, reviews: Path, tmp_path: Path, method: str, form: str):
     for name in WIDE:
         found = [
-            logits(prepare(wide(bases, reviews, name, f"model.quantize={form}", *changes), tmp_path / "work"))
+            logits(prepare(wide(bases, reviews, name, f"model.quantize={form}", *changes), tmp_path / "work").adapted)
             for changes in (("method.kind=head",), METHODS[method])
         ]
         assert torch.equal(*found)
@@ -238,3 +259,116 @@ def test_weight_decay_is_for_matrices_alone(bases: Bases, reviews: Path, tmp_pat
         decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         for name, parameter in adapted.trained().items():
             assert decays[id(parameter)] == (0.0 if name.endswith((vectors, "bias")) else 0.5)
+
+
+def test_architectures_with_traits_of_their_own_round_trip(bases: Bases, reviews: Path, tmp_path: Path):
+    dora, ia3 = ("method.dropout=0.1", *METHODS["dora"]), METHODS["ia3"]
+    wanted = {  # projections split in place, fused heads, texts flattened
+        "dora": recipe(bases("deberta"), reviews, *dora),
+        "ia3": recipe(bases("deberta"), reviews, *ia3),
+        "fused": recipe(bases("falcon"), reviews, *ia3),
+        "flattened": recipe(bases("opt"), reviews, *dora),
+    }
+    compare(wanted, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "form"), [("dora", "none"), ("dora", "nf4"), ("ia3", "int8"), ("pissa", "none"), ("loftq", "nf4")]
+)
+def test_every_cut_gives_the_same_gradient(bases: Bases, reviews: Path, tmp_path: Path, method: str, form: str):
+    changes = [*METHODS[method], f"model.quantize={form}", "train.batch_size=32"]
+    changes += [] if method == "ia3" else ["method.dropout=0.1"]
+    prepared = prepare(wide(bases, reviews, "bert", *changes), tmp_path)
+    randomize(prepared)
+    whole, parts = gradients(prepared, 10_000), gradients(prepared, 40)
+    gaps = torch.stack([(gradient - parts[name]).norm() for name, gradient in whole.items()])
+    norms = torch.stack([gradient.norm() for gradient in whole.values()])
+    assert gaps.norm() < 1e-5 * norms.norm()
+
+
+REFUSED = {
+    (
+        "method.init=pissa",
+        "model.quantize=int8",
+    ): "method.init=pissa trains a part of W, which int8 weights do not hold",
+    ("method.init=pissa", "model.quantize=nf4"): "method.init=pissa trains a part of W, which nf4 weights do not hold",
+    ("method.init=loftq",): "method.init=loftq makes up for quantization, and there is none",
+    ("method.kind=dora", "method.init=pissa"): "method.init: is not a key here",
+    ("method.kind=full", "model.quantize=nf4"): "full trains every weight, and nf4 weights cannot be trained",
+    ("method.rate_ratio=0.5",): "method.rate_ratio: must be at least 1, found 0.5",
+}
+
+
+@pytest.mark.parametrize(("changes", "told"), REFUSED.items())
+def test_what_cannot_be_combined_is_refused_by_the_recipe(
+    bases: Bases, reviews: Path, changes: tuple[str, ...], told: str
+):
+    with pytest.raises(RecipeError, match=told):
+        recipe(bases(), reviews, *changes)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_goes_on_from_its_state_and_returns_as_plain_lora(
+    bases: Bases, reviews: Path, tmp_path: Path, rslora: bool
+):
+    changes = ("method.init=pissa", "method.rank=3", f"method.rslora={rslora}", "train.steps=6", "method.dropout=0.1")
+    wanted = recipe(bases(), reviews, *changes)
+    prepared = prepare(wanted, tmp_path / "work")
+    state = prepared.start()
+    running = train(state, prepared.tokens["train"], prepared.plan, prepared.machine)
+    for _ in range(3):
+        next(running)
+    held = state.state_dict()
+    for _ in running:
+        pass
+    straight = {name: tensor.clone() for name, tensor in prepared.adapted.tensors().items()}
+    again = prepared.start()
+    again.load_state_dict(held)
+    for _ in train(again, prepared.tokens["train"], prepared.plan, prepared.machine):
+        pass
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in prepared.adapted.tensors().items())
+    bundle = run(wanted, tmp_path / "bundle", device_name="cpu")
+    loaded, _ = bundle.load(device.find("cpu"))
+    assert torch.equal(logits(prepared.adapted), logits(loaded))
+    ranks = {len(tensor) for name, tensor in loaded.tensors().items() if name.endswith("lora_A")}
+    assert ranks == {6}
+    compare({"pissa": wanted}, tmp_path)
+
+
+def weights(prepared: Prepared) -> dict[str, torch.Tensor]:
+    layers = prepared.adapted.model.named_modules()
+    return {name: layer.merged()[0] for name, layer in layers if isinstance(layer, AdaptedLinear)}
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_loftq_begins_nearer_to_the_unquantized_base(bases: Bases, reviews: Path, tmp_path: Path, form: str):
+    for name in WIDE:
+        exact = weights(prepare(wide(bases, reviews, name), tmp_path / "work"))
+        found = []
+        for init in ("default", "loftq"):
+            changes = (f"model.quantize={form}", f"method.init={init}", "method.rank=16")
+            found.append(weights(prepare(wide(bases, reviews, name, *changes), tmp_path / "work")))
+        assert exact.keys() == found[0].keys()
+        for layer, weight in exact.items():
+            lost, less = ((weight - other[layer]).norm() for other in found)
+            assert less < 0.9 * lost
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_loftq_stays_on_the_weights_that_it_corrects(bases: Bases, reviews: Path, tmp_path: Path, form: str):
+    """On the unquantized base it would count its correction twice."""
+    changes = (f"model.quantize={form}", "method.init=loftq", "method.targets=attention", "model.dtype=bfloat16")
+    for name in WIDE:
+        bundle = run(wide(bases, reviews, name, *changes), tmp_path / name, device_name="cpu")
+        quantized, _ = bundle.load(device.find("cpu"), dtype="float32")
+        plain, _ = bundle.load(device.find("cpu"), dtype="float32", quantize="none")
+        torch.testing.assert_close(logits(quantized), logits(plain), rtol=1e-4, atol=1e-4)
+        layers = [layer for layer in plain.model.modules() if isinstance(layer, AdaptedLinear)]
+        assert all(isinstance(layer.storage, Plain) for layer in layers)
+        assert len(layers) > len(plain.adapted)
+        assert bundle.verify(device.find("cpu")).exact
+        merged = merge(bundle, tmp_path / f"{name}.merged", device.find("cpu"))
+        assert merged.largest_difference <= 1e-4
+        card = (bundle.folder / "README.md").read_text()
+        assert f"quantization_config=BitsAndBytesConfig(load_in_{8 if form == 'int8' else 4}bit=True" in card
+        assert "llm_int8_skip_modules=['" in card

@@ -230,7 +230,10 @@ def test_an_unknown_key_below_any_value_is_told(path):
         ("method.rslora=1", "method.rslora: must be true or false, found 1"),
         ("method.rslora=yes", "method.rslora: must be true or false, found 'yes'"),
         ("method.targets=[]", "method.targets: must be 'all-linear' or 'attention' or non-empty, found []"),
-        ("method.kind=lroa", "method.kind: must be one of dora, full, head, ia3, lora, found 'lroa' (did you mean 'lora'?)"),
+        (
+            "method.kind=lroa",
+            "method.kind: must be one of dora, full, head, ia3, lora, found 'lroa' (did you mean 'lora'?)",
+        ),
         ("method.kind=", "method.kind: must be one of dora, full, head, ia3, lora, found null"),
         ("task.kind=[a]", 'task.kind: must be one of classification, found ["a"]'),
         ("task.labels=positive", "task.labels: must be a list, found 'positive'"),

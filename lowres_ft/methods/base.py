@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -19,6 +19,9 @@ Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_len
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
+Init = Literal["default", "pissa", "loftq"]
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The update scaling * B A of a linear layer, A (rank, inputs) and B (outputs, rank)."""
@@ -28,10 +31,16 @@ class LowRank:
     dropout: float = 0.0
     magnitude: bool = False
     """True where the norm of each row of W + scaling * B A is learned apart from its direction."""
+    init: Init = "default"
+    """Where A and B begin; PiSSA's update is that of the trained factors less that of the first ones."""
 
     def parameters(self, inputs: int, outputs: int) -> int:
         """How many are trained."""
         return self.rank * (inputs + outputs) + (outputs if self.magnitude else 0)
+
+    def saved(self) -> "LowRank":
+        """The form that a bundle holds: PiSSA's two updates are one of twice the rank."""
+        return replace(self, rank=2 * self.rank if self.init == "pissa" else self.rank, init="default")
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,10 @@ class Scale:
         """How many are trained."""
         return inputs if self.of == "inputs" else outputs
 
+    def saved(self) -> "Scale":
+        """The form that a bundle holds: the same."""
+        return self
+
 
 Adapter = LowRank | Scale
 
@@ -55,6 +68,11 @@ class Method(Spec):
     """Name of the method's file."""
     trains_base: ClassVar[bool] = False
     """True when every weight is trained and the bundle holds a whole model; else it holds an adapter."""
+
+    @property
+    def corrects_quantization(self) -> bool:
+        """True where the adapter makes up for what quantization lost, and so belongs to the quantized base alone."""
+        return False
 
     def conflict(self, quantize: str) -> str | None:
         """Why this method cannot work on a base held as `quantize`; None when it can."""
