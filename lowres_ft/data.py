@@ -268,7 +268,8 @@ def _missing(
         ways = "; or ".join(" and ".join((*form.given, *form.wanted)) for form in forms)
         hint = f"What is read is {ways}. A column of another name is mapped with data.columns.{role}=NAME."
     return MissingColumnError(
-        f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}", hint=hint
+        f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}",
+        hint=f"{hint} {form.hint}".strip(),
     )
 
 

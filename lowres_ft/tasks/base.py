@@ -40,6 +40,8 @@ class Form:
     wanted: tuple[str, ...] = ()
     """What is to be predicted; absent where texts without labels are read."""
     optional: tuple[str, ...] = ()
+    hint: str = ""
+    """What else may be meant where a column is missing."""
 
     @property
     def roles(self) -> tuple[str, ...]:

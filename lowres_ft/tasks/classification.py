@@ -95,7 +95,8 @@ class Classification(Task):
     @property
     def forms(self) -> tuple[Form, ...]:
         given = ("text", "pair") if self.pairs else ("text",)
-        one_column = Form(given=given, wanted=("label",))
+        hint = "Where each label has a column of its own, list the labels in task.labels." if self.multi_label else ""
+        one_column = Form(given=given, wanted=("label",), hint=hint)
         return (one_column, Form(given=given, wanted=self.classes)) if self._by_column else (one_column,)
 
     @property
