@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import assets, libraries
+from lowres_ft import assets, gguf, libraries
 from lowres_ft.errors import AssetError, ModelError, first_line, nearest
 from lowres_ft.files import cached_sha256
 from lowres_ft.recipe import ModelSpec
@@ -41,10 +41,14 @@ class Base:
         return content
 
     def identity(self) -> dict[str, str]:
-        """Hashes of the config, the vocabulary and the weights (for shards: of the sorted list of names and hashes)."""
+        """Hashes of the config, the vocabulary and the weights.
+
+        For shards, the last one is that of the sorted list of names and hashes; for what was converted, the original's.
+        """
         hashes = [(name, cached_sha256(self.folder / name)) for name in weight_files(self.folder)]
         listed = "".join(f"{digest}  {name}\n" for name, digest in hashes)
         weights = hashes[0][1] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
+        weights = gguf.origin(self.folder, weights)
         return {
             "config_sha256": cached_sha256(self.folder / "config.json"),
             "weights_sha256": weights,
@@ -103,7 +107,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def _starter(base: str, progress: assets.Progress | None) -> Base:
     starter = assets.starter(base.removeprefix("starter:"))
-    if starter.file is not None:
+    if not starter.is_model:
         raise ModelError(f"{base} is data, not a model", hint="Use it as data.train.")
     folder = assets.fetch(starter.asset, progress)
     name, _, revision = (starter.asset.hub or str(folder)).partition("@")
@@ -114,7 +118,7 @@ def _hub(base: str, revision: str | None) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.file is None]
+    starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.is_model]
     try:
         with libraries.quiet_hub():
             found = snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB)

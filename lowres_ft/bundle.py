@@ -243,7 +243,9 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
     else:
         write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
         write_json(folder / "adapter_config.json", peft_config(adapted))
-    model.load_tokenizer(adapted.base.folder).save_pretrained(folder)
+    tokenizer = model.load_tokenizer(adapted.base.folder)
+    resolved.task.prepare(tokenizer)
+    tokenizer.save_pretrained(folder)
     write_bytes(folder / "recipe.yaml", resolved.to_yaml().encode())
 
 

@@ -67,23 +67,50 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
                 f"from transformers import AutoTokenizer, {auto}",
                 f'model = {auto}.from_pretrained(".").eval()',
                 'tokenizer = AutoTokenizer.from_pretrained(".")',
+                *_answering(bundle),
             ]
         )
-    labels = bundle.passport.labels
-    id2label = ", ".join(f"{index}: {json.dumps(label, ensure_ascii=False)}" for index, label in enumerate(labels))
-    label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
     base = bundle.passport.base
     options = f", revision={json.dumps(base.revision)}" if base.revision else ""
-    more = "" if pad_token_id is None else f", pad_token_id={pad_token_id}"
-    kind = bundle.recipe.task.model_config_fields().get("problem_type")
-    more += f', problem_type="{kind}"' if kind == "multi_label_classification" else ""
     return "\n".join(
         [
             "from peft import PeftModel",
             f"from transformers import AutoTokenizer, {auto}",
-            f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}, num_labels={len(labels)},",
-            f"    id2label={{{id2label}}}, label2id={label2id}{more})",
+            f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}{_labels(bundle)}{_pad(pad_token_id)})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
+            *_answering(bundle),
         ]
     )
+
+
+def _answering(bundle: Bundle) -> tuple[str, ...]:
+    """Lines that ask a model that writes; one that can think is asked not to, as it was trained."""
+    if not bundle.recipe.task.generates:
+        return ()
+    template = bundle.folder / "chat_template.jinja"
+    thinks = template.is_file() and "enable_thinking" in template.read_text(encoding="utf-8")
+    return (
+        'messages = [{"role": "user", "content": "Hello."}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        + (", enable_thinking=False)" if thinks else ")"),
+        "answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    )
+
+
+def _pad(pad_token_id: int | None) -> str:
+    return "" if pad_token_id is None else f", pad_token_id={pad_token_id}"
+
+
+def _labels(bundle: Bundle) -> str:
+    """The options that name a new head's outputs."""
+    labels = bundle.passport.labels
+    if not labels:
+        return ""
+    id2label = ", ".join(f"{index}: {json.dumps(label, ensure_ascii=False)}" for index, label in enumerate(labels))
+    label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
+    kind = bundle.recipe.task.model_config_fields().get("problem_type")
+    more = f', problem_type="{kind}"' if kind == "multi_label_classification" else ""
+    return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}{more}"

@@ -84,8 +84,12 @@ class Rows:
 
     def fingerprint(self) -> str:
         """A hash of the rows in their order."""
+        return hashlib.sha256(self.hashes().astype("<u8").tobytes()).hexdigest()
+
+    def hashes(self) -> np.ndarray:
+        """(N,) uint64 hashes of all that the task reads of a row."""
         hashes: np.ndarray = self.table["hash"].to_numpy()[self.index]
-        return hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest()
+        return hashes
 
 
 def _lists(column: pa.ChunkedArray) -> Ragged:
@@ -130,12 +134,15 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     spec = recipe.data
     rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress)
     task = recipe.task.resolve(seen)
+    notes: list[str] = []
+    rows = _once(rows, spec, "train", notes)
     held: dict[str, Rows] = {}
     shares: dict[str, float] = {}
     for name, source in {"validation": spec.validation, "test": spec.test}.items():
         if isinstance(source, str):
             held[name], seen = store(source, task, spec.columns, workspace / f"{name}.arrow", progress)
             task.check(seen)
+            held[name] = _once(held[name], spec, name, notes)
         elif source is not None:
             shares[name] = source
     taken = split(Keys(rows.keys(), rows.labels), task, shares, recipe.train.seed)
@@ -146,8 +153,21 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
             f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row",
             hint="Raise it, or leave it out.",
         )
-    data = Data(task.weigh(train.labels), train, held.get("validation"), held.get("test"))
-    return replace(data, notes=tuple(_overlaps(data, spec)))
+    task = task.weigh(train.labels)
+    data = Data(task, train, held.get("validation"), held.get("test"))
+    whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
+    notes += [f"{name}: {note}" for name, found in whole.items() for note in task.notes(found.examples(task))]
+    return replace(data, notes=(*notes, *_overlaps(data, spec)))
+
+
+def _once(rows: Rows, spec: DataSpec, name: str, notes: list[str]) -> Rows:
+    """The rows as they are, or where the recipe asks for it the first of those that are equal."""
+    if not spec.distinct:
+        return rows
+    _, first = np.unique(rows.hashes(), return_index=True)
+    if repeats := len(rows) - len(first):
+        notes.append(f"{repeats:,} of {len(rows):,} rows of {name} repeat an earlier one and are left out")
+    return rows.take(np.sort(first))
 
 
 def _classes(task: Task, rows: Rows) -> set[int]:

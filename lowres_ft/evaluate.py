@@ -140,11 +140,13 @@ class Baseline:
         return self.scores.to_json() | {"gain": self.gain.model_dump()}
 
 
+def baseline(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Baseline:
+    """Score the outputs of a simple model, and compare ours with them."""
+    return Baseline(score(task, truth, theirs), difference(task, truth, ours, theirs))
+
+
 def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) -> dict[str, Baseline]:
     """Train the task's baselines on the same rows and compare."""
     assert test.rows is not None
     found = task.baselines(train.examples(task), test.rows.examples(task), seed)
-    return {
-        name: Baseline(score(task, test.truth, theirs), difference(task, test.truth, ours, theirs))
-        for name, theirs in found.items()
-    }
+    return {name: baseline(task, test.truth, ours, theirs) for name, theirs in found.items()}

@@ -89,6 +89,7 @@ def load(
         ModelError: The base cannot be loaded or adapted as asked.
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
+    recipe.task.prepare(tokenizer)
     dtype = getattr(torch, plan.dtype)
     model, heads = _load_model(recipe, base, profile, plan, tokenizer)
     keys = DropoutKeys(recipe.train.seed)
@@ -102,6 +103,8 @@ def load(
             module.register_forward_pre_hook(_to_float32)
     model.train(recipe.model.dropout > 0)
     adapted = Adapted(model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype)
+    if recipe.task.generates:
+        _require_causal(adapted)
     _require_padding_without_effect(adapted)
     return adapted
 
@@ -266,6 +269,28 @@ def _require_padding_without_effect(adapted: Adapted) -> None:
         raise ModelError(
             f"{adapted.base.source} (model_type {kind!r}) answers differently when a text is padded on the right",
             hint="Its answers would depend on what stands beside a text; choose another base.",
+        )
+
+
+def _require_causal(adapted: Adapted) -> None:
+    """Refuse a model that sees what it is to write, such as BERT as a language model.
+
+    Raises:
+        ModelError: It has no output layer, or a later word changes what it expects at an earlier one.
+    """
+    model = adapted.model
+    ids = torch.arange(8, device=adapted.device)[None] + len(adapted.tokenizer) // 2
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), adapted.computing():
+        # (2, 4, V): the same four words, alone and before four others
+        alone, before = (model(input_ids=part, use_cache=False).logits[0, :4].float() for part in (ids[:, :4], ids))
+    model.train(was_training)
+    if model.get_output_embeddings() is None or (alone - before).norm() > 0.05 * alone.norm():
+        kind = adapted.base.config().get("model_type")
+        raise ModelError(
+            f"{adapted.base.source} (model_type {kind!r}) does not write from left to right, so it cannot chat",
+            hint="Use a causal language model.",
         )
 
 

@@ -26,6 +26,7 @@ from lowres_ft import (
     report,
     train,
 )
+from lowres_ft import contrast as contrasts
 from lowres_ft import plan as plans
 from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
@@ -100,9 +101,11 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
         rows = data.load(recipe, Path(folder), _progress(listen))
         sizes = {name: len(split) for name, split in rows.splits().items()}
-        profile = profiles.profile(bases.resolve(recipe.model, _progress(listen)), rows.task)
+        base = bases.resolve(recipe.model, _progress(listen))
+        profile = profiles.profile(base, rows.task)
     chosen = profiles.targets(recipe.method, profile.linears)
     profiles.require_length(profile, recipe.task)
+    recipe.task.prepare(model.load_tokenizer(base.folder))
     return Rehearsal(
         rows=sizes,
         labels=rows.task.names,
@@ -138,6 +141,11 @@ class _Draft:
 def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
     ready = _prepare(resolved, rows, machine, place, listen)
+    contrast = before = None
+    if resolved.task.base_is_baseline and not machine.rank:
+        listen(Stage("asking the untouched base"))
+        contrast = contrasts.prepare(ready.adapted, ready.tokens)
+        before = contrast.look(ready.adapted, ready.plan, outputs=True)
     listen(Stage(f"training on {len(ready.tokens['train']):,} rows"))
     measured = _fit(ready, machine, place, listen)
     if machine.rank:
@@ -149,12 +157,14 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
         if name != "train"
     }
     ready = _tuned(ready, predicted)
-    scores, baselines = _scores(ready, predicted)
+    scores, baselines = _scores(ready, predicted, before.outputs if before else None)
     notes = list(ready.notes)
     if baselines and len(rows.train) > rows.task.baseline_rows:
         notes.append(f"the baselines saw {rows.task.baseline_rows:,} of {len(rows.train):,} training rows")
         listen(Note(notes[-1]))
     found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, notes)
+    if contrast and before:
+        found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
     return _written(ready, found, machine, place)
 
 
@@ -243,8 +253,13 @@ def _fit(ready: _Ready, machine: Machine, place: Place, listen: Listener) -> Mea
     return Measured.of(steps, state.best_step, plan.device)
 
 
-def _scores(ready: _Ready, predicted: dict[str, Ragged]) -> tuple[dict[str, Scores], dict[str, Baseline]]:
-    """Scores of each held-out split, of a published one also without the texts of train, and the baselines' on test."""
+def _scores(
+    ready: _Ready, predicted: dict[str, Ragged], base: Ragged | None
+) -> tuple[dict[str, Scores], dict[str, Baseline]]:
+    """Scores of each held-out split, of a published one also without the texts of train, and the baselines' on test.
+
+    `base` holds the untouched base's outputs on test, where it is a baseline.
+    """
     task, tokens = ready.adapted.task, ready.tokens
     train_rows = ready.rows.train
     scores = {}
@@ -257,7 +272,9 @@ def _scores(ready: _Ready, predicted: dict[str, Ragged]) -> tuple[dict[str, Scor
             scores[f"{name}_without_train_texts"] = evaluate.score(task, truth.take(apart), outputs.take(apart))
     if "test" not in tokens:
         return scores, {}
-    return scores, evaluate.baselines(task, train_rows, tokens["test"], predicted["test"], ready.recipe.train.seed)
+    seed, test = ready.recipe.train.seed, tokens["test"]
+    found = {} if base is None else {"base": evaluate.baseline(task, test.truth, predicted["test"], base)}
+    return scores, found | evaluate.baselines(task, train_rows, test, predicted["test"], seed)
 
 
 def _progress(listen: Listener) -> assets.Progress:

@@ -11,6 +11,7 @@ from lowres_ft.bundle import Bundle
 from lowres_ft.data import Rows
 from lowres_ft.errors import DataError
 from lowres_ft.evaluate import Scores
+from lowres_ft.generation import Heard, Writer
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.tasks.base import Task
@@ -19,15 +20,21 @@ _AT_ONCE = 1024  # texts that stand in memory together
 
 
 class Predictor:
-    """A bundle's model, ready to label texts."""
+    """A bundle's model, ready to predict."""
 
-    def __init__(self, adapted: Adapted, plan: Plan) -> None:
+    def __init__(self, adapted: Adapted, plan: Plan, *, heard: Heard | None = None) -> None:
+        """`heard` is called with each piece of an answer as a chat model writes it."""
         self.adapted = adapted
         self.plan = plan
+        self.heard = heard
 
     def __call__(self, examples: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """Yield what `lowres-ft predict --json` prints, one for each example, in order."""
         task = self.adapted.task
+        if task.generates:
+            writer = Writer(self.adapted)
+            yield from (task.prediction(example, writer(example, self.heard)) for example in examples)
+            return
         iterator = iter(examples)
         while part := list(itertools.islice(iterator, _AT_ONCE)):
             tokens = in_memory(task.encode(self.adapted.tokenizer, part))
@@ -69,7 +76,7 @@ def examples(bundle: Bundle, file: str) -> Iterator[Any]:
         return
     task, columns = bundle.recipe.task, bundle.recipe.data.columns
     for where, row in readers.rows(file):
-        yield task.read(data.by_role(row, where, task.forms, columns, labelled=False), where)
+        yield task.question(data.by_role(row, where, task.forms, columns, labelled=False), where)
 
 
 def held_out(bundle: Bundle, work: Path, source: str | None) -> tuple[Rows, str]:

@@ -1,40 +1,21 @@
-"""Rows from files and from the Hub, one at a time, each with the place where it stands.
+"""Rows from files, from starters and from the Hub, one at a time, each with the place where it stands."""
 
-Our own readers, because a row that is too short, too long or not text must be told by file and line, and because a
-file may be larger than memory.
-"""
-
-import csv
 import glob
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import assets
+from lowres_ft import assets, formats
 from lowres_ft.errors import DataError, nearest
+from lowres_ft.formats import Reader, Row, lines
 
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands ("train.csv:17"), and its values by column."""
-
-_LONGEST_FIELD = 1 << 24  # characters; an unclosed quote would otherwise swallow the rest of the file
-_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_AS_UTF8 = "Save the file as UTF-8 (from {0}: iconv -f {0} -t UTF-8)."
-_OBJECTS = 'One object stands on each line, such as {"text": "Fine.", "label": "positive"}.'
-_QUOTES = "A field that opens with a quote ends with one, and a quote inside it is doubled."
-_CSV_PROBLEMS = {
-    "end of data": ("the quote that opens here is never closed", _QUOTES),
-    "field larger": (f"a field of more than {_LONGEST_FIELD:,} characters: is a quote never closed?", _QUOTES),
-    "expected after": ("text follows the closing quote of a field", _QUOTES),
-    "new-line character": ("a line ends in CR alone", "Save the file with the line ends LF or CRLF."),
-}
-"""What is in the csv module's messages, and what a user is told."""
-ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+__all__ = ["ENDINGS", "Row", "lines", "parse_hub", "rows"]
+ENDINGS = tuple(formats.BY_ENDING)
 
 
 def rows(source: str, progress: assets.Progress | None = None) -> Iterator[Row]:
-    """Yield the rows of a source: `starter:NAME`, `hub:ID@revision/config:split`, a file, or a glob.
+    """Yield the rows of a source: `starter:NAME/SPLIT`, `hub:ID@revision/config:split`, a file, or a glob.
 
     Raises:
         DataError: There is no such file, or it cannot be read; the message names file and line.
@@ -46,7 +27,7 @@ def rows(source: str, progress: assets.Progress | None = None) -> Iterator[Row]:
         yield from _hub(source)
     else:
         for path in _paths(source):
-            yield from _file(path, str(path))
+            yield from _file(path, str(path), formats.BY_ENDING.get(path.suffix.lower()))
 
 
 def _paths(source: str) -> list[Path]:
@@ -67,15 +48,14 @@ def _paths(source: str) -> list[Path]:
     raise DataError(f"no file {source}{reason}", hint=f"The current folder is {Path.cwd()}.{hub}")
 
 
-def _file(path: Path, name: str) -> Iterator[Row]:
-    readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
+def _file(path: Path, name: str, reader: Reader | None) -> Iterator[Row]:
+    if reader is None:
         raise DataError(f"{name}: unknown kind of file", hint=f"Known are {', '.join(ENDINGS)}.")
     try:
         empty = True
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{name} is empty", hint="Was it saved, or is it still being downloaded?")
-        for row in readers[path.suffix.lower()](path, name):
+        for row in reader(path, name):
             empty = False
             yield row
     except OSError as error:
@@ -84,121 +64,22 @@ def _file(path: Path, name: str) -> Iterator[Row]:
         raise DataError(f"{name} holds no rows", hint="A row stands on a line of its own, in a CSV below the header.")
 
 
-def lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file with their numbers; a byte order mark is passed over.
-
-    Raises:
-        DataError: A line is not UTF-8, or holds a NUL byte.
-    """
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if number == 1:
-                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise DataError(f"{name}:1: the file is UTF-16, not UTF-8", hint=_AS_UTF8.format("UTF-16"))
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if (at := raw.find(b"\0")) >= 0:
-                raise DataError(
-                    f"{name}:{number}: byte {at + 1} of the line is NUL, which no text holds",
-                    hint=f"Remove it. If there are many, the file may be UTF-16: {_AS_UTF8.format('UTF-16')}",
-                )
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{name}:{number}: byte {error.start + 1} of the line, 0x{raw[error.start]:02x}, is not UTF-8",
-                    hint=_AS_UTF8.format("WINDOWS-1252"),
-                ) from error
-
-
-def _csv(path: Path, name: str) -> Iterator[Row]:
-    return _separated(path, name, ",")
-
-
-def _tsv(path: Path, name: str) -> Iterator[Row]:
-    return _separated(path, name, "\t")
-
-
-def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
-    """Rows of a file with a header; a row that spans lines is named by its first one."""
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader((line for _, line in lines(path, name)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        start = reader.line_num + 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            told = [both for words, both in _CSV_PROBLEMS.items() if words in str(error)]
-            message, hint = told[0] if told else (str(error), _QUOTES)
-            raise DataError(f"{name}:{start}: {message}", hint=hint) from error
-        if len(values) < 2 and not "".join(values).strip():
-            continue
-        if header is None:
-            header = _header(values, f"{name}:{start}", delimiter)
-        elif len(values) != len(header):
-            raise DataError(
-                f"{name}:{start}: {len(values)} field{'s' * (len(values) != 1)}, but the header has {len(header)} "
-                f"({', '.join(header)})",
-                hint=f"Fields are separated by {_SEPARATORS[delimiter]}; a text that holds one, or a line break, "
-                "stands in double quotes.",
-            )
-        else:
-            yield f"{name}:{start}", dict(zip(header, values, strict=True))
-
-
-def _header(values: list[str], where: str, delimiter: str) -> list[str]:
-    header = [value.strip() for value in values]
-    if twice := next((column for column in header if header.count(column) > 1), None):
-        raise DataError(f"{where}: two columns are called '{twice}'", hint="Rename one of them.")
-    other = max(_SEPARATORS, key=header[0].count)
-    if len(header) == 1 and other in header[0]:
-        raise DataError(
-            f"{where}: the fields seem to be separated by {_SEPARATORS[other]}, not by {_SEPARATORS[delimiter]}",
-            hint="Save it with commas as .csv, or with tabs as .tsv.",
-        )
-    return header
-
-
-def _jsonl(path: Path, name: str) -> Iterator[Row]:
-    for number, line in lines(path, name):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}", hint=_OBJECTS) from error
-        except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, for Python
-            raise DataError(f"{name}:{number}: cannot be read: {error}", hint=_OBJECTS) from error
-        if not isinstance(value, dict):
-            raise DataError(f"{name}:{number}: a {type(value).__name__}, not an object", hint=_OBJECTS)
-        yield f"{name}:{number}", value
-
-
-def _parquet(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{name}:row {number}", row
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: not a Parquet file: {error}", hint="Is the file whole?") from error
-
-
-def _starter(name: str, progress: assets.Progress | None) -> Iterator[Row]:
+def _starter(source: str, progress: assets.Progress | None) -> Iterator[Row]:
+    name, _, split = source.partition("/")
     found = assets.starter(name)
-    if found.file is None:
+    if found.is_model:
         raise DataError(f"starter:{name} is a model, not data", hint="Use it as model.base.")
+    split = split or next(iter(found.splits))
+    if split not in found.splits:
+        told = f"starter:{name} has no split '{split}'{nearest(split, found.splits)}"
+        raise DataError(told, hint=f"It has {', '.join(found.splits)}; the first is meant where none is named.")
     folder = assets.fetch(found.asset, progress)
-    for where, row in _file(folder / found.file, found.file):
-        if all(row[column] == value for column, value in found.keep.items()):
-            yield where, {column: value for column, value in row.items() if column not in found.keep}
+    pattern = found.splits[split]
+    for path in sorted(folder.glob(pattern)) or [folder / pattern]:
+        reader = formats.BY_FORM.get(found.form) or formats.BY_ENDING[path.suffix]
+        for where, row in _file(path, path.relative_to(folder).as_posix(), reader):
+            if all(row[column] == value for column, value in found.keep.items()):
+                yield where, {column: value for column, value in row.items() if column not in found.keep}
 
 
 def parse_hub(source: str) -> dict[str, str | None]:

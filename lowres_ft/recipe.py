@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
 from lowres_ft import registry, yaml12
 from lowres_ft.errors import RecipeError, nearest
@@ -16,6 +16,8 @@ from lowres_ft.spec import Spec, problems, shown, unknown
 from lowres_ft.tasks.base import Task
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+ColumnName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
+"""Text; a whole number is the name of a numbered column, such as those of CoNLL files."""
 
 
 class ModelSpec(Spec):
@@ -37,15 +39,18 @@ class DataSpec(Spec):
     """Where the rows come from, and which of them are held out."""
 
     train: str = Field(min_length=1)
-    """`starter:NAME`, a .csv, .tsv, .jsonl or .parquet file, a glob, or `hub:ID@revision/config:split`."""
+    """`starter:NAME/SPLIT`, `hub:ID@revision/config:split`, a glob, or a file that ends in .csv, .tsv, .jsonl, .json,
+    .parquet, .conll, .bio or .iob."""
     validation: Share | str | None = 0.1
     """A share of train, or a source of its own; null for none."""
     test: Share | str | None = 0.1
     """A share of train, or a source of its own; null for none."""
-    columns: dict[str, str] = Field(default={})
+    columns: dict[str, ColumnName] = Field(default={})
     """Which column plays a role, where its name differs: `{text: review, label: stars}`."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N rows of train after the seeded shuffle."""
+    distinct: bool = False
+    """Use each row once, however often it stands in its source."""
     probe_rows: int = Field(default=8, ge=0, le=256)
     """Validation rows whose token ids and logits lie in the bundle for `verify`; 0, or no validation, for none."""
 
@@ -181,6 +186,12 @@ def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[
         conflict = parts["method"].conflict(parts["model"].quantize)
         if conflict:
             found["method.kind"] = conflict
+    if "method" in parts and "task" in parts:
+        nothing = not parts["task"].new_head and not parts["method"].trains_base and not parts["method"].wanted()
+        if nothing:
+            found["method.kind"] = (
+                f"{parts['method'].kind} trains the task's head alone, and {parts['task'].kind} has none; use lora"
+            )
     if "train" in parts and "data" in parts and parts["data"].validation is None:
         for key in ("early_stopping", "evaluate_every"):
             if getattr(parts["train"], key) is not None:

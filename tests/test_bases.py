@@ -42,6 +42,25 @@ def test_shards_are_known_by_the_list_of_their_names_and_hashes(bases: Bases, tm
     assert resolve(tmp_path).identity()["weights_sha256"] == sha256(listed.encode()).hexdigest()
 
 
+def test_converted_weights_are_known_by_their_original(tmp_path: Path):
+    folder = tiny.base(tmp_path / "base")
+    own = resolve(folder).identity()
+    weights = folder / "model.safetensors"
+    noted = {"file": "a.gguf", "sha256": "0" * 64, "converted": {weights.name: own["weights_sha256"]}}
+    (folder / "origin.json").write_text(json.dumps(noted))
+    assert resolve(folder).identity() == own | {"weights_sha256": "0" * 64}
+    weights.write_bytes(changed := weights.read_bytes() + b" ")
+    assert resolve(folder).identity()["weights_sha256"] == sha256(changed).hexdigest()
+
+
+@pytest.mark.parametrize("origin", ["", "[]", "{}", '{"sha256": "0"}', '{"sha256": "0", "converted": []}'])
+def test_an_origin_that_says_nothing_is_passed_over(tmp_path: Path, origin: str):
+    folder = tiny.base(tmp_path / "base")
+    own = resolve(folder).identity()
+    (folder / "origin.json").write_text(origin)
+    assert resolve(folder).identity() == own
+
+
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "missing.safetensors", 3])
 def test_an_index_that_leaves_its_folder_is_refused(bases: Bases, tmp_path: Path, shard: object):
     folder = tiny.base(tmp_path / "base")

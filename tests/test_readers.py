@@ -163,8 +163,12 @@ def test_a_glob_is_read_in_the_order_of_names(tmp_path: Path, pattern: str, foun
         ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:1: cannot be read: .*4300 digits", "One object"),
         ("a.jsonl", b'{"x": ' + b"[" * 200_000, r"a\.jsonl:1: (cannot be read: .*recursion|not JSON)", "One object"),
         ("a.parquet", b"PAR1 and no more PAR1", r"a\.parquet: (not a Parquet file|cannot be read)", "whole"),
-        ("a.txt", b"fine\n", r"a\.txt: unknown kind of file", ".csv, .tsv, .jsonl, .parquet"),
-        ("a.json", b"[]", r"a\.json: unknown kind of file", ".jsonl"),
+        (
+            "a.txt",
+            b"fine\n",
+            r"a\.txt: unknown kind of file",
+            ".csv, .tsv, .jsonl, .json, .parquet, .conll, .bio, .iob",
+        ),
     ],
 )
 def test_a_broken_file_is_told_by_file_and_line(tmp_path: Path, name: str, content: bytes, message: str, hint: str):
@@ -200,6 +204,7 @@ def test_a_truncated_parquet_file_is_told(tmp_path: Path):
         ("quite-different", r"^no file quite-different$", "hub:quite-different"),
         ("owner/name", r"^no file owner/name: there is no folder owner", "hub:owner/name"),
         ("rotten-tomatoes", "^no file rotten-tomatoes$", "starter:rotten-tomatoes"),
+        ("reuters-r8/test", "^no file reuters-r8/test$", "starter:reuters-r8/test"),
         ("data", "^data is a folder$", "'data/*.csv'"),
         ("*.tsv", r"^no file \*\.tsv", "The current folder is"),
         ("x" * 300 + ".csv", "^no file xxx", "The current folder is"),
@@ -222,6 +227,20 @@ def test_a_starter_model_is_no_data():
     with pytest.raises(DataError, match="starter:minilm-l6 is a model, not data") as error:
         list(readers.rows("starter:minilm-l6"))
     assert "model.base" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "hint"),
+    [
+        ("starter:reuters-r8/tset", r"no split 'tset' \(did you mean 'test'\?\)", "It has train, test; the first is"),
+        ("starter:imdb/test", "starter:imdb has no split 'test'", "It has train; "),
+        ("starter:dialogs/germany", r"no split 'germany' \(did you mean 'german'\?\)", "It has english, "),
+    ],
+)
+def test_a_split_that_a_starter_lacks_is_told(source: str, message: str, hint: str):
+    with pytest.raises(DataError, match=message) as error:
+        list(readers.rows(source))
+    assert hint in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,12 @@ def test_a_whole_part_and_a_key_below_it_in_any_order():
         assert load_recipe("sentiment-lora", order).data.columns == {"text": "review", "label": "stars"}
 
 
+def test_a_column_may_be_named_by_its_number():
+    recipe = load_recipe("sentiment-lora", ["data.columns={text: 1}", "data.columns.label=4"])
+    assert recipe.data.columns == {"text": "1", "label": "4"}
+    assert parse(yaml12.loads(recipe.to_yaml(), where="x")).data.columns == {"text": "1", "label": "4"}
+
+
 def test_values_given_are_left_alone():
     values = copy.deepcopy(FULL)
     parse(values, ["train.epochs=9", "method.kind=full"])
@@ -243,7 +249,8 @@ def test_an_unknown_key_below_any_value_is_told(path):
         ("data.validation=1", "data.validation: must be less than 1 or text, found 1"),
         ("data.validation=true", "data.validation: must be a number or text, found true"),
         ("data.columns=review", "data.columns: must be a mapping, found 'review'"),
-        ("data.columns.text=3", "data.columns.text: must be text, found 3"),
+        ("data.columns.text=3.5", "data.columns.text: must be text, found 3.5"),
+        ("data.columns.text=true", "data.columns.text: must be text, found true"),
         ("data.columns.txt=review", "data.columns.txt: is no role; the roles are text, label (did you mean 'text'?)"),
         ("data.columns.3=review", "data.columns.3: is no role; the roles are text, label"),
         ("data=reviews.csv", "data: must be a mapping, found 'reviews.csv'"),

@@ -13,7 +13,7 @@ from lowres_ft.spec import Spec
 from lowres_ft.tasks.base import Task
 
 BASES = {"tasks": Task, "methods": Method}
-COUNTS = {"tasks": 1, "methods": 3}
+COUNTS = {"tasks": 3, "methods": 3}
 PLUGINS = [
     (folder, path.stem)
     for folder in BASES

@@ -4,10 +4,12 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowres_ft import bases, device
 from lowres_ft.assets import STARTERS, fetch
@@ -17,9 +19,11 @@ from lowres_ft.merging import merge
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import Predictor
 from lowres_ft.readers import rows
-from lowres_ft.recipe import load_recipe, shipped
+from lowres_ft.recipe import ModelSpec, load_recipe, shipped
 
 pytestmark = pytest.mark.assets
+SMOLLM_WEIGHTS = "9e7a06a51fdacdc59d5796a7cab5060d1df61ce32003f4115eb261ae330a7381"
+"""What the conversion makes on every machine: each value is one product and one sum in fp32."""
 CLIENT = """
 import json, sys, torch
 from peft import PeftModel
@@ -47,12 +51,16 @@ def texts() -> list[str]:
     return [row["text"] for _, row in itertools.islice(rows("starter:rotten-tomatoes"), 200)]
 
 
-def test_every_starter_is_what_its_entry_says():
-    assert set(STARTERS) >= {"minilm-l6", "rotten-tomatoes", "imdb"}
-    for starter in STARTERS.values():
-        folder = fetch(starter.asset)
-        for member, digest in starter.asset.members.items():
-            assert sha256(folder / Path(member).name) == digest
+@pytest.mark.parametrize("name", STARTERS)
+def test_every_starter_is_what_its_entry_says(name: str):
+    asset = STARTERS[name].asset
+    folder = fetch(asset)
+    for member, digest in asset.members.items():
+        if member.endswith(".gguf"):
+            origin = json.loads((folder / "origin.json").read_text())
+            assert (origin["file"], origin["sha256"]) == (asset.below(member), digest)
+        else:
+            assert asset.digest(folder, member) == digest
 
 
 @pytest.mark.parametrize(("name", "expected"), [("rotten-tomatoes", 8530), ("imdb", 25000)])
@@ -60,6 +68,81 @@ def test_data_starters_hold_their_rows(name: str, expected: int):
     labels = [row["label"] for _, row in rows(f"starter:{name}")]
     assert len(labels) == expected
     assert labels.count("0") == labels.count("1") == expected // 2
+
+
+R8 = {"earn": 2840, "acq": 1596, "crude": 253, "trade": 251, "money-fx": 206, "interest": 190, "ship": 108, "grain": 41}
+R8_TEST = {"earn": 1083, "acq": 696, "crude": 121, "money-fx": 87, "interest": 81, "trade": 75, "ship": 36, "grain": 10}
+
+
+def test_topics_come_in_their_usual_splits():
+    train, test = ([row for _, row in rows(f"starter:reuters-r8/{split}")] for split in ("train", "test"))
+    assert [row for _, row in rows("starter:reuters-r8")] == train
+    assert Counter(row["label"] for row in train) == R8
+    assert Counter(row["label"] for row in test) == R8_TEST
+    assert len({row["text"] for row in train} & {row["text"] for row in test}) == 4
+    for split, expected in (("train", 11293), ("test", 7528)):
+        labels = Counter(row["label"] for _, row in rows(f"starter:newsgroups-20/{split}"))
+        assert (labels.total(), len(labels)) == (expected, 20)
+        assert min(labels.values()) > 250
+
+
+def test_tweets_have_ten_types_of_entities():
+    found = [row for _, row in rows("starter:wnut16")]
+    assert (len(found), sum(len(row["words"]) for row in found)) == (2394, 46469)
+    tags = Counter(tag for row in found for tag in row["tags"])
+    assert len({tag[2:] for tag in tags if tag != "O"}) == 10
+    assert sum(count for tag, count in tags.items() if tag.startswith("B-")) == 1496
+    assert (tags["B-person"], tags["B-tvshow"]) == (449, 34)
+
+
+def test_dialogs_come_in_28_languages():
+    english = [row for _, row in rows("starter:dialogs")]
+    said = [[message["content"] for message in row["messages"]] for row in english]
+    assert len(english) == 2025
+    assert sum(len(texts) for texts in said) == 2 * 2144
+    assert (len({texts[0] for texts in said}), len({texts[1] for texts in said})) == (748, 870)
+    assert len({row["topic"] for row in english}) == 21
+    counts = {language: len(list(rows(f"starter:dialogs/{language}"))) for language in STARTERS["dialogs"].splits}
+    assert len(counts) == 28
+    assert (counts["english"], counts["german"], counts["ukrainian"], counts["thai"]) == (2025, 113, 456, 6)
+
+
+def test_smollm2_answers_and_is_known_by_its_gguf():
+    base = bases.resolve(ModelSpec(base="starter:smollm2-135m"))
+    assert base.name == str(base.folder)
+    assert sha256(base.folder / "model.safetensors") == SMOLLM_WEIGHTS
+    assert base.identity()["weights_sha256"] == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    config = base.config()
+    assert (config["rope_theta"], config["max_position_embeddings"]) == (100000, 8192)
+    assert config["tie_word_embeddings"]
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    model = AutoModelForCausalLM.from_pretrained(base.folder)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**asked, max_new_tokens=24, do_sample=False)[0][asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_smollm2_has_the_tokenizer_that_it_was_trained_with():
+    tokenizer = AutoTokenizer.from_pretrained(bases.resolve(ModelSpec(base="starter:smollm2-135m")).folder)
+    assert len(tokenizer) == 49152
+    split = {
+        "In 2026": ["In", "Ġ", "2", "0", "2", "6"],
+        "a  12": ["a", "ĠĠ", "1", "2"],
+        "Hello world": ["Hello", "Ġworld"],
+        "<|im_start|>user\n": ["<|im_start|>", "user", "Ċ"],
+    }
+    assert {text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) for text in split} == split
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
 
 
 def test_a_short_run_learns_and_names_its_base_as_the_hub_does(bundle: Bundle):

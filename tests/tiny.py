@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
@@ -95,6 +96,51 @@ def base(folder: Path, architecture: str = "bert", *, seed: int = 0, **changes: 
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def gguf(path: Path, *, pre: str = "smollm", tied: bool = True) -> Path:
+    """Write a Llama in GGUF, quantized to 4 and 8 bits, with the alphabet of bytes as its vocabulary and two merges."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "in", "ĠĠ"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["i n", "Ġ Ġ"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}")
+    wide = {"ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128), "attn_k": (32, 64), "attn_v": (32, 64)}
+    layer = wide | {"attn_q": (64, 64), "attn_output": (64, 64), "attn_norm": (64,), "ffn_norm": (64,)}
+    shapes = {f"blk.{at}.{name}": shape for at in range(2) for name, shape in layer.items()}
+    shapes |= {"token_embd": (len(tokens), 64), "output_norm": (64,)} | ({} if tied else {"output": (len(tokens), 64)})
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = random.normal(size=shape).astype(np.float32)
+        kind = GGMLQuantizationType.Q8_0 if name.startswith(("token", "output")) else GGMLQuantizationType.Q4_1
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            writer.add_tensor(f"{name}.weight", quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def reviews(path: Path, rows: int = 60) -> Path:

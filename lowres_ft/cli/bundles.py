@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -12,6 +12,7 @@ import typer
 
 from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
 from lowres_ft.errors import DataError
+from lowres_ft.tasks.base import printable
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle
@@ -44,9 +45,9 @@ def evaluate(
     from lowres_ft.prediction import evaluate_bundle
 
     opened = open_bundle(bundle)
-    loaded = _loaded(opened, device, dtype, base, quiet)
+    model = loaded(opened, device, dtype, base, quiet)
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work:
-        scores = evaluate_bundle(opened, *loaded, Path(work), data)
+        scores = evaluate_bundle(opened, *model, Path(work), data)
     print(json.dumps(scores.to_json()) if as_json else summary.scores_table(scores.to_json()))
 
 
@@ -67,7 +68,7 @@ def predict(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Label texts."""
+    """Predict for texts: labels, entities, or a chat model's answers."""
     from lowres_ft import prediction
     from lowres_ft.bundle import open_bundle
 
@@ -76,19 +77,33 @@ def predict(
     if texts and file is not None:
         raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
     opened = open_bundle(bundle)
-    predictor = prediction.Predictor(*_loaded(opened, device, dtype, base, quiet))
-    if texts and texts != ["-"]:
-        found = predictor.texts(texts)
-    elif file not in (None, "-"):
-        found = predictor(prediction.examples(opened, str(file)))
-    else:
-        found = predictor.texts(_typed())
+    model = loaded(opened, device, dtype, base, quiet)
     with _writing(out) as sink:
-        for line in _lines(opened, found, as_json):
+        streams = opened.recipe.task.generates and not as_json
+        predictor = prediction.Predictor(*model, heard=streamed(sink) if streams else None)
+        if texts and texts != ["-"]:
+            found = predictor.texts(texts)
+        elif file not in (None, "-"):
+            found = predictor(prediction.examples(opened, str(file)))
+        else:
+            found = predictor.texts(typed())
+        for one in found:
+            line = json.dumps(one, ensure_ascii=False) if as_json else "" if streams else opened.recipe.task.line(one)
             sink.write(line + "\n")
+            sink.flush()
 
 
-def _loaded(bundle: "Bundle", device: str, dtype: DtypeName | None, base: str | None, quiet: bool) -> "Loaded":
+def streamed(sink: TextIO) -> Callable[[str], None]:
+    """What writes the pieces of an answer as they come."""
+
+    def write(text: str) -> None:
+        sink.write("\n".join(printable(line) for line in text.split("\n")))
+        sink.flush()
+
+    return write
+
+
+def loaded(bundle: "Bundle", device: str, dtype: DtypeName | None, base: str | None, quiet: bool) -> "Loaded":
     """The model of a bundle, as it was trained or, where a dtype is named, on the unquantized base."""
     from lowres_ft import device as devices
 
@@ -97,18 +112,12 @@ def _loaded(bundle: "Bundle", device: str, dtype: DtypeName | None, base: str | 
         return bundle.load(devices.find(device), dtype=dtype, quantize=quantize, base=base, progress=progress)
 
 
-def _typed() -> Iterator[str]:
+def typed() -> Iterator[str]:
     """The lines of standard input that are not empty."""
     try:
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not {error.encoding}: {error.reason}", hint="Send UTF-8 text.") from error
-
-
-def _lines(bundle: "Bundle", predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
-    task = bundle.recipe.task
-    for found in predictions:
-        yield json.dumps(found, ensure_ascii=False) if as_json else task.line(found)
 
 
 @contextmanager

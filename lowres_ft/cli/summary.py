@@ -10,8 +10,15 @@ from lowres_ft.recipe import Recipe
 if TYPE_CHECKING:
     from lowres_ft.pipeline import Rehearsal
 
+_SAMPLES = 3  # sample answers that are printed
+_WIDTH = 100  # characters of one
 _FIGURES = {"value", "low", "high", "count"}
-_NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression"}
+_NAMES = {
+    "majority": "majority class",
+    "tfidf": "TF-IDF + logistic regression",
+    "gazetteer": "entities of train by heart",
+    "base": "untouched base",
+}
 
 
 def run(folder: Path, report: dict[str, Any], trial: str) -> str:
@@ -20,6 +27,7 @@ def run(folder: Path, report: dict[str, Any], trial: str) -> str:
     for name, scores in report["baselines"].items():
         gain = scores["gain"]
         lines.append(f"  {_NAMES.get(name, name):<28} {_value(scores, _first(scores))}; ours is {_compared(gain)}")
+    lines += _contrast(report)
     measured, share = report["measured"], report["trainable_parameters"]
     lines += [
         f"trained {share:,} parameters in {measured['train_seconds']:.1f} s, "
@@ -30,6 +38,22 @@ def run(folder: Path, report: dict[str, Any], trial: str) -> str:
     return "\n".join(lines)
 
 
+def _contrast(report: dict[str, Any]) -> list[str]:
+    """Of a model that writes: sample answers before and after training, and what it forgot."""
+    lines = []
+    for sample in report.get("samples", [])[:_SAMPLES]:
+        lines.append(f"  asked   {_short(sample['messages'][-1]['content'])}")
+        lines += [f"    {when:<7} {_short(sample[when])}" for when in ("wanted", "before", "after")]
+    if loss := report.get("control_loss"):
+        lines.append(f"loss on unrelated text: {loss['before']:.3f} before, {loss['after']:.3f} after")
+    return lines
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 4]} ..."
+
+
 def rehearsal(recipe: Recipe, found: "Rehearsal") -> str:
     """What a run would do."""
     profile = found.profile
@@ -38,7 +62,7 @@ def rehearsal(recipe: Recipe, found: "Rehearsal") -> str:
     plan = "  ".join(f"{key}={value}" for key, value in found.plan.model_dump(mode="json").items())
     return "\n".join(
         [
-            f"{recipe.name}: {rows}; labels {', '.join(found.labels)}",
+            f"{recipe.name}: {rows}" + (f"; labels {', '.join(found.labels)}" if found.labels else ""),
             f"{recipe.method.kind} on {found.adapted} layers trains {found.trainable_parameters:,} of "
             f"{profile.parameters:,} parameters ({share:.1%}) in {found.steps} steps",
             f"base: {profile.layers} layers of {profile.hidden}, {profile.attention_heads} attention heads, "
@@ -55,13 +79,13 @@ def rehearsal_json(found: "Rehearsal") -> str:
 
 
 def scores_table(scores: dict[str, Any]) -> str:
-    """Every metric with its interval, then each class."""
+    """Every metric with its interval, then each class or type of entities."""
     rows = [f"{name:<16} {_interval(scores[name])}" for name in _metrics(scores)]
-    classes = scores.get("classes", {})
-    for label, found in classes.items():
-        shown = (name for name in ("precision", "recall", "f1", "threshold") if name in found)
-        figures = "  ".join(f"{name} {found[name]:.3f}" for name in shown)
-        rows.append(f"  {label:<14} {figures}  rows {found['support']}")
+    for part, counted in (("classes", "rows"), ("types", "entities")):
+        for label, found in scores.get(part, {}).items():
+            shown = (name for name in ("precision", "recall", "f1", "threshold") if name in found)
+            figures = "  ".join(f"{name} {found[name]:.3f}" for name in shown)
+            rows.append(f"  {label:<14} {figures}  {counted} {found['support']}")
     return "\n".join(rows)
 
 

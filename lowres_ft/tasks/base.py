@@ -155,6 +155,8 @@ class Task(Spec):
     """Whether a greater `metric` is a better one."""
     metric_noise: ClassVar[float] = 0.0
     """How much `metric` may move by rounding alone; 0 where it counts answers."""
+    spans_refer_to_text: ClassVar[bool] = False
+    """True where an answer holds places in the text as given, so that nothing may move its characters."""
     base_is_baseline: ClassVar[bool] = False
     """True where the untouched base can do the task, so that its scores before training are a baseline."""
     baseline_rows: ClassVar[int] = 100_000
@@ -197,13 +199,21 @@ class Task(Spec):
         """
         raise NotImplementedError
 
+    def question(self, row: Mapping[str, Any], where: str) -> Any:
+        """Make an example to predict on, of a row without what is wanted.
+
+        Raises:
+            DataError: The row cannot be one.
+        """
+        return self.read(row, where)
+
     def bare(self, text: str, where: str) -> Any:
         """Make an example of a text alone, to predict on.
 
         Raises:
             DataError: A text alone is no example.
         """
-        return self.read({"text": text}, where)
+        return self.question({"text": text}, where)
 
     def keys(self, example: Any) -> Collection[str]:
         """Texts by which rows are the same: two that share one stay on one side of a split."""
@@ -212,6 +222,10 @@ class Task(Spec):
     def labels_in(self, example: Any) -> Collection[str]:
         """The labels of an example: they are counted, and splits are stratified by the rarest."""
         return ()
+
+    def notes(self, examples: Iterable[Any]) -> Iterator[str]:
+        """Sentences about how the rows of a source were read, where it is worth telling."""
+        return iter(())
 
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         """Return the task with its labels known, given the labels that stand in the training rows.
@@ -239,6 +253,13 @@ class Task(Spec):
             KeyError: The label is none of the task's.
         """
         raise KeyError(label)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Give a base's tokenizer what the task needs, before anything is encoded or saved.
+
+        Raises:
+            ModelError: It cannot be used for the task.
+        """
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Any]) -> list[list[Encoded]]:
         """The token sequences of each example; none for an example that is left out.
