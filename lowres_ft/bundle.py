@@ -118,6 +118,9 @@ class Bundle:
     ) -> tuple[Adapted, Plan]:
         """Load the model as it was trained and measured, or in another dtype or storage.
 
+        An adapter that corrects quantization belongs to the quantized base: for it, `quantize="none"` means the weights
+        that the quantized base computes with, held plain.
+
         Raises:
             BundleError: The base is another one, or the tensors do not fit it.
         """
@@ -125,14 +128,17 @@ class Bundle:
             found = Base(str(self.folder), self.folder, str(self.folder))
         else:
             found = self.base(base, progress)
+        dequantize = quantize == "none" and self.recipe.method.corrects_quantization
         changed: dict[str, Any] = {
-            "quantize": quantize or self.passport.quantize,
+            "quantize": self.passport.quantize if dequantize else quantize or self.passport.quantize,
             "dtype": dtype or self.passport.dtype,
         }
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
         plan = plans.make(wanted, profile, machine)
-        adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder))
+        adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder), new=False)
+        if dequantize:
+            model.dequantize(adapted)
         if not self.recipe.method.trains_base:
             try:
                 adapted.restore(read_adapter(self.folder / ADAPTER))

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lowres_ft import yaml12
+from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
 
 _FIGURES = {"value", "low", "high", "count"}
@@ -74,10 +74,14 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
         )
     base = bundle.passport.base
     options = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    names = [auto, "AutoTokenizer"]
+    if bundle.recipe.method.corrects_quantization:
+        names.append("BitsAndBytesConfig")
+        options += f",\n    quantization_config=BitsAndBytesConfig({_quantization(bundle)})"
     return "\n".join(
         [
             "from peft import PeftModel",
-            f"from transformers import AutoTokenizer, {auto}",
+            f"from transformers import {', '.join(sorted(names))}",
             f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}{_labels(bundle)}{_pad(pad_token_id)})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
@@ -116,3 +120,12 @@ def _labels(bundle: Bundle) -> str:
     kind = bundle.recipe.task.model_config_fields().get("problem_type")
     more = f', problem_type="{kind}"' if kind == "multi_label_classification" else ""
     return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}{more}"
+
+
+def _quantization(bundle: Bundle) -> str:
+    """The arguments that quantize the base as it was in training, all but the heads."""
+    config = json.loads((bundle.folder / "adapter_config.json").read_bytes())
+    fields = quantize.config_fields(bundle.passport.quantize)
+    if config["modules_to_save"]:  # without any, transformers spares the output layer
+        fields["llm_int8_skip_modules"] = config["modules_to_save"]
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())

@@ -28,8 +28,8 @@ class ModelSpec(Spec):
     """Where the base comes from: `starter:NAME`, a folder, or a Hub id."""
     revision: str | None = None
     """Commit, tag or branch of a Hub base."""
-    quantize: Literal["none", "int8"] = "none"
-    """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8 or blockwise 4-bit nf4."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype that computes. `auto` leaves it to the plan; a named one is part of the experiment."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -28,9 +28,9 @@ def run(folder: Path, report: dict[str, Any], trial: str) -> str:
         gain = scores["gain"]
         lines.append(f"  {_NAMES.get(name, name):<28} {_value(scores, _first(scores))}; ours is {_compared(gain)}")
     lines += _contrast(report)
-    measured, share = report["measured"], report["trainable_parameters"]
+    measured, trained = report["measured"], report["trainable_parameters"]
     lines += [
-        f"trained {share:,} parameters in {measured['train_seconds']:.1f} s, "
+        f"trained {trained:,} parameters ({trained / report['parameters']:.1%}) in {measured['train_seconds']:.1f} s, "
         f"{measured['tokens_per_second']:,.0f} tokens/s; peak memory {measured['peak_bytes'] / 1e9:.2f} GB",
         f"bundle {folder}: {report['adapter_bytes'] / 1e6:.1f} MB of weights, best step {measured['best_step']}",
         f"try it: lowres-ft predict {folder} {trial}",
