@@ -41,6 +41,7 @@ class Adapted:
     dtype: torch.dtype
     parameters: int
     """Of the whole model, adapters not counted."""
+    cleaners: tuple[str, ...]
 
     @property
     def device(self) -> torch.device:
@@ -115,9 +116,8 @@ def load(
             module = model.get_submodule(head).float().requires_grad_(True)
             module.register_forward_pre_hook(_to_float32)
     model.train(recipe.model.dropout > 0)
-    adapted = Adapted(
-        model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters
-    )
+    known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
+    adapted = Adapted(model, tokenizer, *known)
     if recipe.task.generates:
         _require_causal(adapted)
     _require_padding_without_effect(adapted)
@@ -154,9 +154,8 @@ def save_plain(adapted: Adapted, folder: Path) -> None:
 def load_plain(task: Task, folder: Path, device: str) -> PreTrainedModel:
     """Load what `save_plain` wrote in fp32, as any other program would."""
     with profiles.quiet():
-        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
+        auto = profiles.auto_class(task)
+        loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     loaded.to(device).eval()
     return loaded
 

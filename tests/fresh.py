@@ -1,6 +1,6 @@
 """Load bundles in a fresh process, with lowres-ft and with the lines of their model card, and print logits.
 
-Arguments: a JSON list of bundle folders, and a JSON list of texts.
+Arguments: a JSON list of bundle folders, and a JSON list of texts, or of pairs of them.
 """
 
 import json
@@ -9,6 +9,14 @@ import re
 import sys
 import warnings
 from pathlib import Path
+
+
+def examples(task, texts: list) -> list:
+    """Texts, or pairs of them, as examples of a task."""
+    return [
+        task.bare(text, "") if isinstance(text, str) else task.read(dict(zip(("text", "pair"), text, strict=True)), "")
+        for text in texts
+    ]
 
 
 def main() -> None:
@@ -25,16 +33,18 @@ def main() -> None:
     for folder in folders:
         bundle = open_bundle(folder)
         adapted, plan = bundle.load(device.find("cpu"))
-        encoded = adapted.task.encode(adapted.tokenizer, [adapted.task.bare(text, "") for text in texts])
-        ours = logits(adapted, in_memory(encoded), plan)
+        ours = logits(adapted, in_memory(adapted.task.encode(adapted.tokenizer, examples(adapted.task, texts))), plan)
         os.chdir(folder)
         (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
         names: dict = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a name in transformers
             exec(code, names)
-        inputs = names["tokenizer"](texts, padding=True, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
+        pairs = not isinstance(texts[0], str)
+        columns = [list(column) for column in zip(*texts, strict=True)] if pairs else [texts]
+        inputs = names["tokenizer"](*columns, padding=True, return_tensors="pt")
+        if not pairs or getattr(names["model"].config, "type_vocab_size", 0) < 2:
+            inputs.pop("token_type_ids", None)
         with torch.inference_mode():
             theirs = names["model"](**inputs).logits
         labels = names["model"].config.id2label
@@ -42,4 +52,5 @@ def main() -> None:
     print(json.dumps(found))
 
 
-main()
+if __name__ == "__main__":
+    main()
