@@ -56,7 +56,9 @@ def trained_logits(wanted: Recipe, work: Path) -> np.ndarray:
     return logits(adapted, in_memory(encoded), prepared.plan)
 
 
-def compare(wanted: dict[str, Recipe], folder: Path, tolerance: float = 1e-5) -> dict[str, Path]:
+def compare(
+    wanted: dict[str, Recipe], folder: Path, tolerance: float = 1e-5, labels: tuple[str, ...] = ("bad", "good")
+) -> dict[str, Path]:
     """Run recipes, and compare the trained models with what a fresh process loads."""
     bundles = {name: run(found, folder / name, device_name="cpu").folder for name, found in wanted.items()}
     seen = in_fresh_process(list(bundles.values()))
@@ -64,7 +66,7 @@ def compare(wanted: dict[str, Recipe], folder: Path, tolerance: float = 1e-5) ->
         logits = trained_logits(wanted[name], folder / f"{name}.work")
         np.testing.assert_array_equal(np.float32(seen[str(place)]["ours"]), logits, err_msg=name)
         np.testing.assert_allclose(seen[str(place)]["theirs"], logits, atol=tolerance, rtol=0, err_msg=name)
-        assert seen[str(place)]["labels"] == {"0": "bad", "1": "good"}
+        assert seen[str(place)]["labels"] == {str(index): label for index, label in enumerate(labels)}
     return bundles
 
 
