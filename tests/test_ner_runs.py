@@ -25,22 +25,22 @@ from tests.test_round_trip import compare
 Bases = Callable[..., Path]
 CPU = device.find("cpu")
 NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
-PLAIN = [word for word in tiny.WORDS if word not in tiny.GOOD + tiny.BAD]
+PLAIN = [word for word in tiny.WORDS if word not in (*tiny.GOOD, *tiny.BAD, "long", "short")]
 
 
-def sentences(rows: int = 120) -> list[tuple[list[str], list[str]]]:
-    """Sentences in which a person is a good word, and a place a bad one, followed by `long` or not."""
+def sentences(rows: int = 200) -> list[tuple[list[str], list[str]]]:
+    """Sentences in which a person is a good word, `long` behind it or not, and a place a bad one with `short`."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(rows):
         words, tags = [], []
-        for _ in range(random.integers(2, 5)):
-            filler = random.choice([word for word in PLAIN if word != "long"], random.integers(1, 4)).tolist()
-            kind, names = [("PER", tiny.GOOD), ("LOC", tiny.BAD)][random.integers(2)]
-            entity = [str(random.choice(names)), *["long"] * random.integers(2)]
+        for _ in range(random.integers(5)):
+            filler = random.choice(PLAIN, random.integers(1, 4)).tolist()
+            kind, names, second = [("PER", tiny.GOOD, "long"), ("LOC", tiny.BAD, "short")][random.integers(2)]
+            entity = [str(random.choice(names)), *[second] * random.integers(2)]
             words += [*filler, *entity]
             tags += ["O"] * len(filler) + [f"B-{kind}", *[f"I-{kind}"] * (len(entity) - 1)]
-        found.append((words, tags))
+        found += [(words, tags)] if words else []
     return found
 
 
@@ -83,7 +83,7 @@ def recipe(base: Path, rows: Path, *overrides: str) -> Recipe:
     return parse(raw, overrides)
 
 
-LEARN = ("train.steps=80", "train.evaluate_every=80", "task.max_length=16")
+LEARN = ("train.steps=200", "train.evaluate_every=200", "task.max_length=16")
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,15 @@ def learned(bases: Bases, conll: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("source", ["conll", "spans"])
 def test_what_can_be_learned_is_learned(bases: Bases, source: str, request: pytest.FixtureRequest, tmp_path: Path):
     rows: Path = request.getfixturevalue(source)
-    bundle = run(recipe(bases("bert"), rows, *LEARN), tmp_path / "bundle", device_name="cpu")
+    full = ("method.kind=full", "train.learning_rate=0.002")
+    bundle = run(recipe(bases("bert"), rows, *LEARN, *full), tmp_path / "bundle", device_name="cpu")
     scores = bundle.passport.scores["test"]
     assert bundle.passport.labels == NAMES
-    assert scores["f1"]["value"] > 0.98
+    assert scores["f1"]["value"] > 0.99
     assert list(scores) == ["f1", "precision", "recall", "types"]
     report = json.loads((bundle.folder / "report.json").read_text())
     assert report["baselines"]["majority"]["f1"]["value"] == 0
-    assert report["baselines"]["gazetteer"]["f1"]["value"] > 0.98
+    assert 0.5 < report["baselines"]["gazetteer"]["f1"]["value"] < scores["f1"]["low"]
     table = summary.scores_table(scores)
     assert "  PER            precision 1.000  recall" in table or "  PER            precision 0.9" in table
     assert f"entities {scores['types']['PER']['support']}" in table
@@ -130,17 +131,17 @@ def test_scores_of_a_run_are_seqevals_on_whole_texts(learned: Bundle, tmp_path: 
 
 def test_a_bundle_answers_with_spans_of_the_text(learned: Bundle):
     predictor = Predictor(*learned.load(CPU))
-    long = "the film was very good, but " * 12 + "bad long plot"
-    texts = ["  a great\tplot was (dull long)!", "the film", "warm long cold", long]
+    long = "the film was very good but " * 12 + "bad short plot"
+    texts = ["  a great\tplot was dull  short and", "the film was very a plot", "warm long cold", long]
     found = list(predictor.texts(texts))
     assert [one["text"] for one in found] == texts
     entities = [[(e["text"], e["label"]) for e in one["entities"]] for one in found]
     assert entities[:3] == [
-        [("great", "PER"), ("dull long", "LOC")],
+        [("great", "PER"), ("dull  short", "LOC")],
         [],
         [("warm long", "PER"), ("cold", "LOC")],
     ]
-    assert entities[3] == [("good", "PER")] * 12 + [("bad long", "LOC")]
+    assert entities[3] == [("good", "PER")] * 12 + [("bad short", "LOC")]
     for one in found:
         for entity in one["entities"]:
             assert one["text"][entity["start"] : entity["end"]] == entity["text"]
@@ -152,13 +153,13 @@ def test_a_bundle_verifies_and_merges(learned: Bundle, tmp_path: Path):
     assert verified.exact
     assert verified.largest_difference == 0
     merged = merge(learned, tmp_path / "merged", CPU)
-    assert merged.rows > 24  # windows of the 24 test texts
+    assert merged.rows > 32  # windows of the 32 test texts
     assert merged.flipped == 0
     assert merged.metric == pytest.approx(learned.passport.scores["test"]["f1"]["value"])
 
 
 def test_bundles_round_trip_through_a_fresh_process_and_through_peft(bases: Bases, conll: Path, tmp_path: Path):
-    names = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "gemma3_text")
+    names = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen3")
     wanted = {name: recipe(bases(name), conll, "method.dropout=0.1") for name in names}
     wanted |= {f"{kind} bert": recipe(bases("bert"), conll, f"method.kind={kind}") for kind in ("head", "full")}
     bundles = compare(wanted, tmp_path, labels=NAMES)
