@@ -1,6 +1,7 @@
 """A model before and after training: sample answers, and the loss on unrelated text."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ class Contrast:
         if self.control is not None:
             found = evaluate.outputs(adapted, self.control, plan)
             loss = evaluate.metric(task, self.control.truth, found)
-        writer = Writer(adapted, max_new_tokens=_LONGEST_SAMPLE)
+        writer = _writer(adapted)
         return Probed(
             answers=tuple(writer(question) for question in self.questions),
             control_loss=loss,
@@ -75,16 +76,28 @@ def prepare(adapted: Adapted, tokens: dict[str, Tokens]) -> Contrast:
     task = adapted.task
     assert isinstance(task, Chat)
     held = tokens.get("test", tokens.get("validation"))
-    examples: list[Conversation] = []
-    if held is not None and held.rows is not None:
-        examples = list(itertools.islice(held.rows.examples(task), task.samples))
-    questions, wanted = [], []
-    for example in examples:
-        last = max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
-        questions.append(Conversation(example.where, example.messages[:last]))
-        wanted.append(example.messages[last]["content"])
     control = None if task.control is None else _control(task, adapted, task.control)
+    asked: Iterable[tuple[Conversation, str]] = ()
+    if held is not None and held.rows is not None:
+        writer = _writer(adapted)
+        asked = (_asked(example) for example in held.rows.examples(task))
+        asked = (pair for pair in asked if writer.fits(pair[0]))  # one that was cut for training may not
+    questions, wanted = [], []
+    for question, answer in itertools.islice(asked, task.samples):
+        questions.append(question)
+        wanted.append(answer)
     return Contrast(tuple(questions), tuple(wanted), control, tokens.get("test"))
+
+
+def _writer(adapted: Adapted) -> Writer:
+    assert isinstance(adapted.task, Chat)
+    return Writer(adapted, max_new_tokens=min(_LONGEST_SAMPLE, adapted.task.max_new_tokens))
+
+
+def _asked(example: Conversation) -> tuple[Conversation, str]:
+    """The last question of a conversation that is answered, and its answer."""
+    last = max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
+    return Conversation(example.where, example.messages[:last]), example.messages[last]["content"]
 
 
 def _control(task: Chat, adapted: Adapted, source: str) -> Tokens:
@@ -93,4 +106,7 @@ def _control(task: Chat, adapted: Adapted, source: str) -> Tokens:
         if not isinstance(text := row.get("text"), str):
             raise DataError(f"{where}: task.control reads a column 'text'; there are {', '.join(map(repr, row))}")
         texts.append(text)
-    return batches.in_memory(task.plain(adapted.tokenizer, texts))
+    encoded = task.plain(adapted.tokenizer, texts)
+    if not encoded:
+        raise DataError(f"task.control={source} has no text of two tokens or more")
+    return batches.in_memory(encoded)

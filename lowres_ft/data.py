@@ -153,6 +153,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
             f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row",
             hint="Raise it, or leave it out.",
         )
+    task = task.weigh(train.labels)
     data = Data(task, train, held.get("validation"), held.get("test"))
     whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
     notes += [f"{name}: {note}" for name, found in whole.items() for note in task.notes(found.examples(task))]
@@ -216,7 +217,8 @@ def store(
 def _record(task: Task, example: Example) -> dict[str, Any]:
     """An example as it lies in the Arrow file."""
     content = {field.name: getattr(example, field.name) for field in fields(example) if field.name != "where"}
-    text = json.dumps(content, ensure_ascii=False)
+    # What an example does not have is left out, so that a field more does not change what is known of older rows.
+    text = json.dumps({name: value for name, value in content.items() if value is not None}, ensure_ascii=False)
     return {
         "where": example.where,
         "keys": [key(text) for text in task.keys(example)],

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation.streamers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from lowres_ft.bundle import Bundle
 from lowres_ft.errors import BundleError, DataError
@@ -16,6 +16,9 @@ from lowres_ft.tasks.chat import Chat, Conversation
 
 Heard = Callable[[str], Any]
 """Called with each piece of an answer as it is written."""
+
+# What is left out is taken from the base's generation_config.json, which may punish repeats or draw tokens.
+_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 class Writer:
@@ -28,7 +31,7 @@ class Writer:
         self.most = max_new_tokens or adapted.task.max_new_tokens
         own = getattr(adapted.model.generation_config, "eos_token_id", None)
         ends = {*_templates.turn_ends(adapted.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
-        drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else _GREEDY
         self.ends = sorted(ends)
         self.config = GenerationConfig(
             max_new_tokens=self.most, eos_token_id=self.ends, pad_token_id=adapted.tokenizer.pad_token_id, **drawn
@@ -49,7 +52,7 @@ class Writer:
                 f"more than the {room} of this model",
                 hint="Shorten it, or ask for fewer tokens.",
             )
-        streamer = None if heard is None else _Heard(adapted.tokenizer, heard)
+        streamer = None if heard is None else _Heard(self._text, heard)
         was_training = adapted.model.training
         adapted.model.eval()
         try:
@@ -60,12 +63,17 @@ class Writer:
                 )
         finally:
             adapted.model.train(was_training)
-        return str(adapted.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)).strip()
+        return self._text(found[0, len(ids) :].tolist())
 
     def fits(self, example: Conversation) -> bool:
         """Whether a conversation leaves room for an answer."""
         room = self._room()
         return room is None or len(self._prompt(example)) + self.most <= room
+
+    def _text(self, ids: list[int]) -> str:
+        """What tokens of an answer say."""
+        text = self.adapted.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
 
     def _prompt(self, example: Conversation) -> list[int]:
         """Token ids of a conversation up to where the next answer begins."""
@@ -79,17 +87,34 @@ class Writer:
         return int(most) if most else None
 
 
-class _Heard(TextStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Hands on the text that is certain, without the prompt and without the token that ends the turn."""
+class _Heard(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Hands on the text that is certain, without the prompt, the token that ends the turn, and spaces around it.
 
-    def __init__(self, tokenizer: Any, heard: Heard) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    All tokens are decoded each time: a token by itself may lose a space, or be a part of a character.
+    """
+
+    def __init__(self, text_of: Callable[[list[int]], str], heard: Heard) -> None:
+        self.text_of = text_of
         self.heard = heard
+        self.ids: list[int] | None = None
+        self.said = ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def put(self, value: torch.Tensor) -> None:
+        """Called by transformers, first with the prompt, then with each token."""
+        if self.ids is None:
+            self.ids = []
+        else:
+            self.ids += value.flatten().tolist()
+            self._say(self.text_of(self.ids).rstrip("\ufffd").rstrip())
+
+    def end(self) -> None:
         """Called by transformers."""
-        if text:
-            self.heard(text)
+        self._say(self.text_of(self.ids or []))
+
+    def _say(self, text: str) -> None:
+        if text.startswith(self.said) and text != self.said:
+            self.heard(text[len(self.said) :])
+            self.said = text
 
 
 class Session:
@@ -104,7 +129,7 @@ class Session:
 
     def reset(self) -> None:
         """Begin anew."""
-        self.turns = []
+        self.turns, self.forgotten = [], 0
 
     def say(self, text: str, heard: Heard | None = None) -> str:
         """Send a message and return the answer.
@@ -116,7 +141,11 @@ class Session:
         while len(self.turns) > 1 and not self.writer.fits(self._example()):
             del self.turns[:2]
             self.forgotten += 1
-        answer = self.writer(self._example(), heard)
+        try:
+            answer = self.writer(self._example(), heard)
+        except DataError:
+            self.turns.pop()
+            raise
         self.turns.append({"role": "assistant", "content": answer})
         return answer
 

@@ -27,8 +27,8 @@ class ModelSpec(Spec):
     """Where the base comes from: `starter:NAME`, a folder, or a Hub id."""
     revision: str | None = None
     """Commit, tag or branch of a Hub base."""
-    quantize: Literal["none", "int8"] = "none"
-    """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8 or blockwise 4-bit nf4."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype that computes. `auto` leaves it to the plan; a named one is part of the experiment."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -186,6 +186,12 @@ def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[
         conflict = parts["method"].conflict(parts["model"].quantize)
         if conflict:
             found["method.kind"] = conflict
+    if "method" in parts and "task" in parts:
+        nothing = not parts["task"].new_head and not parts["method"].trains_base and not parts["method"].wanted()
+        if nothing:
+            found["method.kind"] = (
+                f"{parts['method'].kind} trains the task's head alone, and {parts['task'].kind} has none; use lora"
+            )
     if "train" in parts and "data" in parts and parts["data"].validation is None:
         for key in ("early_stopping", "evaluate_every"):
             if getattr(parts["train"], key) is not None:

@@ -37,7 +37,7 @@ _KIND = {
     "finite_number": "a finite number",
 }
 _LONGEST_SHOWN = 80  # characters of a value
-_UNION_TAGS = ("constrained-", "function-", "list[", "tuple[", "literal[")
+_UNION_TAGS = ("constrained-", "function-", "list[", "tuple[", "dict[", "literal[")
 
 
 def problems(error: ValidationError, known: Callable[[tuple[str, ...]], Iterable[str]]) -> dict[str, str]:

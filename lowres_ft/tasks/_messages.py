@@ -24,6 +24,7 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+_KEYS = (("role", "from"), ("content", "value"))
 _QUESTIONS = ("instruction", "prompt", "text")
 _ANSWERS = ("output", "completion", "answer")
 
@@ -63,8 +64,9 @@ def _pair(row: Mapping[str, Any], where: str) -> list[Message]:
 def _message(item: object, where: str) -> Message:
     if not isinstance(item, dict):
         raise DataError(f"{where} is {_shown(item)}, not an object", hint=_LIST)
-    role, content = (item.get("role", item.get("from")), item.get("content", item.get("value")))
-    if role not in _ROLES:
+    # In Parquet every message has all the keys that any has, and None for those that it has not.
+    role, content = (next((item[key] for key in keys if item.get(key) is not None), None) for keys in _KEYS)
+    if not isinstance(role, str) or role not in _ROLES:
         found = f"the role {_shown(role)}{nearest(str(role), _ROLES)}" if role is not None else "no role"
         raise DataError(f"{where} has {found}", hint=f"Roles are {', '.join(_ROLES)}.")
     what = "the answer" if _ROLES[role] == "assistant" else f"what the {_ROLES[role]} says"

@@ -5,7 +5,7 @@ between the marks stands around the answers too. So no part is tokenized by itse
 its own for generation (`return_assistant_tokens_mask` gives only zeros, silently, where it has none).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """The template called `plain`: "User: ...", "Assistant: ..." and the end-of-text token after each answer."""
-_MARK = "\ue000answer{}\ue001"  # from the private use area, where no conversation has anything to say
+_MARK = "\ue000answer\ue001"  # from the private use area, where no conversation has anything to say
+_SHORTEST: tuple[Message, ...] = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,24 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     if name == "plain":
         if tokenizer.eos_token is None:
             raise ModelError("task.template=plain ends answers with the end-of-text token, which this base has not")
-        tokenizer.chat_template = PLAIN
+        tokenizer.chat_template = ("{{ bos_token }}" if _begins(tokenizer) else "") + PLAIN
     elif not tokenizer.chat_template:
         raise ModelError(
             "the base has no chat template, so it is not known how a conversation is written for it",
             hint="Use a base that was trained to chat, or task.template=plain.",
         )
+    elif not turn_ends(tokenizer):
+        raise ModelError(
+            "the base's chat template ends an answer with no token of its own, and the base has no end-of-text token, "
+            "so answers would never end",
+            hint="Use another base.",
+        )
+
+
+def _begins(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a base's texts begin with a token of their own; Gemma's are unlike themselves without."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str) -> str:
@@ -59,63 +72,83 @@ def prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], wh
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str) -> Rendered:
-    """A conversation as one text, and where its answers stand.
+    """A conversation up to its last answer as one text, and where its answers stand.
 
     Raises:
         DataError: The template refuses it, or changes an answer; the message names `where`.
     """
-    text = _apply(tokenizer, messages, where, more=False)
     places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = [dict(message) for message in messages]
-    for index in places:
-        marked[index]["content"] = _MARK.format(index)
-    frame = _apply(tokenizer, marked, where, more=False)
+    messages = messages[: max(places, default=len(messages)) + 1]
+    text = _apply(tokenizer, messages, where, more=False)
+    pieces = _apply(tokenizer, _marked(messages), where, more=False).split(_MARK)
+    if len(pieces) != len(places) + 1:
+        raise DataError(f"{where}: the chat template does not write each answer once")
+    end = _end_of_turn(tokenizer, pieces[-1])
+    at = len(pieces[0])
     found: list[tuple[int, int]] = []
-    at = 0
-    for index in places:
-        before, mark, frame = frame.partition(_MARK.format(index))
-        content = messages[index]["content"]
-        content = content if text.startswith(before + content, at) else content.strip()  # Llama's and Gemma's trim it
-        if not mark or not text.startswith(before + content, at):
-            raise DataError(
-                f"{where}: the chat template changes message {index + 1}, so its characters cannot be told",
-                hint="Does the answer hold marks of the template, such as <think>? Take them out, or use another base.",
-            )
-        start = at + len(before)
-        at = start + len(content)
-        found.append((start, at + _ending(tokenizer, frame)))
-    if text[at:] != frame:
-        raise DataError(f"{where}: the chat template writes other text after the answers than without them")
-    if found and found[-1][1] == at and not text[at:].strip() and tokenizer.eos_token:
-        # A template that ends no turn: the end-of-text token tells the model to stop.
-        text, found[-1] = text[:at] + tokenizer.eos_token, (found[-1][0], at + len(tokenizer.eos_token))
+    if not text.startswith(pieces[0]):
+        raise _changed(where, places[0])
+    for index, after in zip(places, pieces[1:], strict=True):
+        kept = next((kept for kept in _trims(messages[index]["content"]) if text.startswith(kept + after, at)), None)
+        if kept is None:
+            raise _changed(where, index)
+        stop = at + len(kept)
+        found.append((at, stop + (after.index(end) + len(end) if end and after.lstrip().startswith(end) else 0)))
+        at = stop + len(after)
+    if found and not end and tokenizer.eos_token:  # the template ends no turn: the end-of-text token tells to stop
+        text = text[: found[-1][1]] + tokenizer.eos_token
+        found[-1] = (found[-1][0], len(text))
     return Rendered(text, tuple(found))
+
+
+def _changed(where: str, index: int) -> DataError:
+    return DataError(
+        f"{where}: the chat template changes message {index + 1}, so its characters cannot be told",
+        hint="Does the answer hold marks of the template, such as <think>? Take them out, or use another base.",
+    )
+
+
+def _marked(messages: Sequence[Message]) -> list[Message]:
+    return [message | {"content": _MARK} if message["role"] == "assistant" else message for message in messages]
+
+
+def _trims(answer: str) -> Iterator[str]:
+    """An answer as templates write it: as it is, or without spaces or line ends around it."""
+    yield answer
+    for marks in (None, "\n"):  # Llama's and Gemma's trim both sides, Qwen3's takes line ends off the left
+        yield from (answer.strip(marks), answer.lstrip(marks), answer.rstrip(marks))
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", after: str) -> str:
+    """The token that a template writes after a conversation's last answer; empty where it writes none."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}  # some makers mark it as no special one
+    known = added | set(tokenizer.all_special_tokens)
+    return max((token for token in known if after.lstrip().startswith(token)), key=len, default="")
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """The texts of the tokens that stand for no text."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
 
 
 def turn_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of the tokens after which an answer is over: the end of text, and the template's end of turn."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = render(tokenizer, messages, "chat template")
-    start, stop = rendered.answers[0]
-    ids = tokenizer(rendered.text[start:stop].strip(), add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
-    found = {ids[-1]} & special
+    frame = _apply(tokenizer, _marked(_SHORTEST), "chat template", more=False)
+    end = _end_of_turn(tokenizer, frame.rpartition(_MARK)[2])
+    found = {tokenizer.convert_tokens_to_ids(end)} if end else set()
     return sorted(found | ({tokenizer.eos_token_id} - {None}))
 
 
-def _ending(tokenizer: "PreTrainedTokenizerBase", after: str) -> int:
-    """Characters up to the end of the special token that follows an answer; 0 where none does."""
-    blank = len(after) - len(after.lstrip())
-    special = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-    special |= set(tokenizer.all_special_tokens)
-    ends = [len(token) for token in special if token and after.startswith(token, blank)]
-    return blank + max(ends) if ends else 0
-
-
 def _apply(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str, *, more: bool) -> str:
+    """What a template makes of messages; those that can think are asked not to, as training shows no thoughts."""
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=more))
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=more, enable_thinking=False
+            )
+        )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{where}: the base's chat template refuses this conversation: {first_line(error)}") from error

@@ -4,6 +4,7 @@ A row gives one or more token sequences (a long text: several windows). A sequen
 one for each token; those that are not `IGNORED` are its items. An item is what the loss counts and what is scored.
 """
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,8 @@ class Encoded:
 
     ids: list[int]
     targets: list[int]
+    segments: list[int] | None = None
+    """Which of two texts each token is of (0, 1); None where there is but one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class Batch:
     """(B, D) class indices, `IGNORED` where nothing is supervised; D is T where each token has a target."""
     rows: "Tensor"
     """(B,) positions of the sequences in their split; they key the adapter's dropout."""
+    segments: "Tensor | None" = None
+    """(B, T) which of two texts each token is of, for models that are told."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,6 @@ class Task(Spec):
     """True where the modules outside the base are made anew, trained and saved; False where the base brings them."""
     generates: ClassVar[bool] = False
     """True where the answer is a text that the model writes."""
-    in_every_part: ClassVar[bool] = True
-    """True where a label with too few rows to stand in every split is an error."""
     higher_is_better: ClassVar[bool] = True
     """Whether a greater `metric` is a better one."""
     metric_noise: ClassVar[float] = 0.0
@@ -156,6 +159,11 @@ class Task(Spec):
     """True where the untouched base can do the task, so that its scores before training are a baseline."""
     baseline_rows: ClassVar[int] = 100_000
     """Training rows that the baselines see at the most."""
+
+    @property
+    def in_every_part(self) -> bool:
+        """True where a label with too few rows to stand in every split is an error."""
+        return True
 
     @property
     def metric(self) -> str:
@@ -171,6 +179,11 @@ class Task(Spec):
     def names(self) -> tuple[str, ...]:
         """Names of the model's outputs by index, once they are known; none for a model that writes."""
         return ()
+
+    @property
+    def trial(self) -> str:
+        """What follows `lowres-ft predict BUNDLE` to try it."""
+        return '"your text"'
 
     def model_config_fields(self) -> dict[str, Any]:
         """What the model's config must say about this task, such as its labels."""
@@ -218,6 +231,10 @@ class Task(Spec):
         Raises:
             DataError: The labels are not what the recipe says, or no task can be made of them.
         """
+        return self
+
+    def weigh(self, labels: Sequence[Collection[str]]) -> Self:
+        """The task with what follows from the labels of each row that is trained on, such as their weights."""
         return self
 
     def check(self, seen: Mapping[str, Seen]) -> None:
@@ -298,13 +315,12 @@ class Task(Spec):
         raise NotImplementedError
 
     def line(self, found: Mapping[str, Any]) -> str:
-        """A prediction as one line of text, its parts separated by tabs."""
-        label = found["label"]
-        return f"{printable(label)}\t{found['scores'][label]:.3f}\t{printable(found['text'])}"
+        """A prediction as one line of plain text, its columns separated by tabs."""
+        return json.dumps(found, ensure_ascii=False)
 
 
 def printable(text: str) -> str:
-    """Keep one prediction on one line, and the cursor where it is."""
+    """A text that stays in its column of a line, and leaves the cursor where it is."""
     return "".join(mark if mark.isprintable() else " " for mark in text)
 
 

@@ -77,6 +77,8 @@ class Chat(Task):
         messages = _messages.read(row, where)
         if messages[-1]["role"] == "assistant":
             messages.pop()
+        if not messages or messages[-1]["role"] != "user":
+            raise DataError(f"{where}: no message is a user's, so there is nothing to answer")
         return Conversation(where, messages)
 
     def keys(self, example: Conversation) -> Collection[str]:
@@ -96,6 +98,9 @@ class Chat(Task):
         _templates.set_template(tokenizer, self.template)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Conversation]) -> list[list[Encoded]]:
+        special = _templates.special_tokens(tokenizer)
+        for example in examples:
+            _require_plain_answers(example, special)
         rendered = [_templates.render(tokenizer, example.messages, example.where) for example in examples]
         texts = [one.text for one in rendered]
         tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -176,6 +181,17 @@ class Chat(Task):
         return {"messages": example.messages, "answer": output}
 
 
+def _require_plain_answers(example: Conversation, special: set[str]) -> None:
+    """Refuse answers that hold special tokens: the model would learn to end in the middle, or to speak for the user."""
+    for number, message in enumerate(example.messages, start=1):
+        found = [token for token in special if token in message["content"]]
+        if found and message["role"] == "assistant":
+            raise DataError(
+                f"{example.where}: message {number} holds {max(found, key=len)}, a special token of the base",
+                hint="Answers are plain text, without the marks of a chat template: those are written by lowres-ft.",
+            )
+
+
 def _next(ids: list[int], chosen: Sequence[bool]) -> list[int]:
     """The target at each token is the one that follows it, where that one is chosen."""
     return [token if wanted else IGNORED for token, wanted in zip(ids[1:], chosen[1:], strict=True)] + [IGNORED]
@@ -189,17 +205,34 @@ def _supervised(
     Raises:
         DataError: They do not give the answers back.
     """
-    chosen = [any(start < stop and begin < end for begin, end in _overlap(one, start, stop)) for start, stop in offsets]
-    said = "".join("".join(one.text[begin:end].split()) for begin, end in one.answers)
-    decoded = tokenizer.decode([token for token, wanted in zip(ids, chosen, strict=True) if wanted])
-    if "".join(decoded.split()) != said and "".join(tokenizer.decode(ids).split()) == "".join(one.text.split()):
-        raise DataError(f"{where}: the tokens of the answers, decoded, are {decoded!r}, not the answers")
-    return chosen
+    spans = list(_spans(one.text, offsets))
+    chosen = [any(max(start, begin) < min(stop, end) for begin, end in one.answers) for start, stop in spans]
+    decoded = _bare(tokenizer, tokenizer.decode([token for token, wanted in zip(ids, chosen, strict=True) if wanted]))
+    said = _bare(tokenizer, "".join(one.text[begin:end] for begin, end in one.answers))
+    if decoded == said:
+        return chosen
+    if lost := sorted(set(said) - set(decoded)):
+        told = ", ".join(map(repr, lost[:_TOLD]))
+        raise DataError(
+            f"{where}: the base's tokenizer has no tokens for {told}, so the answer cannot be learned as it stands",
+            hint="Mend or remove the row, or use another base.",
+        )
+    raise DataError(f"{where}: the tokens of the answers, decoded, are {decoded!r}, not the answers {said!r}")
 
 
-def _overlap(one: Rendered, start: int, stop: int) -> "Iterator[tuple[int, int]]":
-    """What a token's characters share with each answer."""
-    return ((max(start, begin), min(stop, end)) for begin, end in one.answers)
+def _spans(text: str, offsets: Sequence[tuple[int, int]]) -> "Iterator[tuple[int, int]]":
+    """The characters of each token, with the spaces before it that tokenizers like GPT-2's leave out of its offsets."""
+    before = 0
+    for start, stop in offsets:
+        yield (before if text[before:start].isspace() else start), stop
+        before = max(before, stop)
+
+
+def _bare(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """A text as a tokenizer writes it (Qwen's composes accents), without spaces, on which decoders differ."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    written = text if normalizer is None else normalizer.normalize_str(text)
+    return "".join(written.replace("\u2581", " ").split())  # SentencePiece's mark for a space
 
 
 @contextmanager
