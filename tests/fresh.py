@@ -47,6 +47,8 @@ def main() -> None:
             inputs.pop("token_type_ids", None)
         with torch.inference_mode():
             theirs = names["model"](**inputs).logits
+        if theirs.dim() == 3:  # of each token; ours have 0 where there is padding
+            theirs = theirs * inputs["attention_mask"][..., None]
         labels = names["model"].config.id2label
         found[folder] = {"ours": ours.tolist(), "theirs": theirs.tolist(), "labels": labels}
     print(json.dumps(found))

@@ -11,7 +11,7 @@ from lowres_ft.spec import shown
 from lowres_ft.tasks import _sentence, _tags
 from lowres_ft.tasks._gazetteer import Gazetteer
 from lowres_ft.tasks._sentence import Sentence
-from lowres_ft.tasks._windows import Cutter, align
+from lowres_ft.tasks._windows import Cutter, StandIns, align
 from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Form, Ragged, Seen, Task, printable
 
 if TYPE_CHECKING:
@@ -146,12 +146,12 @@ class Ner(Task):
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Sentence]) -> list[list[Encoded]]:
         """Tokenize the texts as they are, so that any client gets the same pieces, and find each word's first one."""
         cutter = Cutter.of(tokenizer, self.max_length, self.overlap)
-        missing = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+        stand_ins = StandIns.of(tokenizer)
         texts = [example.text for example in examples]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         found = []
         for example, ids, offsets in zip(examples, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            found.append(cutter.cut(align(ids, offsets, example.words, missing), self._classes(example)))
+            found.append(cutter.cut(align(ids, offsets, example.words, stand_ins), self._classes(example)))
         return found
 
     def _classes(self, example: Sentence) -> list[int]:
