@@ -28,29 +28,11 @@ ARCHITECTURES = tuple(tiny_chat.BASES)
 Bases = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    made: dict[str, Path] = {}
-
-    def make(architecture: str = "llama", **changes: Any) -> Path:
-        key = f"{architecture}{sorted(changes.items())}"
-        if key not in made:
-            made[key] = tiny_chat.base(tmp_path_factory.mktemp(architecture), architecture, **changes)
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_chat.chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
-
-
 def prepared(
-    bases: Bases, chats: Path, work: Path, architecture: str = "llama", *overrides: str, **plan: Any
+    chat_bases: Bases, chats: Path, work: Path, architecture: str = "llama", *overrides: str, **plan: Any
 ) -> Prepared:
     template = ["task.template=plain"] if architecture == "gpt2" else []
-    return prepare(tiny_chat.recipe(bases(architecture), chats, *template, *overrides), work, **plan)
+    return prepare(tiny_chat.recipe(chat_bases(architecture), chats, *template, *overrides), work, **plan)
 
 
 def talk(*turns: str) -> Conversation:
@@ -76,8 +58,8 @@ def test_the_target_at_a_token_is_the_one_that_follows():
     assert one.ids[-3:-1] == [b, end]
 
 
-def test_padding_is_never_an_item_although_it_is_the_end_of_turn(bases: Bases, chats: Path, tmp_path: Path):
-    ready = prepared(bases, chats, tmp_path)
+def test_padding_is_never_an_item_although_it_is_the_end_of_turn(chat_bases: Bases, chats: Path, tmp_path: Path):
+    ready = prepared(chat_bases, chats, tmp_path)
     words, batch = ready.adapted.tokenizer, whole(ready.tokens["train"], ready)
     assert words.pad_token_id == words.eos_token_id
     assert bool((batch.mask == 0).any())
@@ -101,10 +83,10 @@ def test_an_answer_that_is_cut_is_learned_as_far_as_it_goes():
 LONG = {"messages": [{"role": "user", "content": "What? " * 60}, {"role": "assistant", "content": "That."}]}
 
 
-def test_rows_whose_answers_all_fall_away_are_refused_by_name(bases: Bases, tmp_path: Path):
+def test_rows_whose_answers_all_fall_away_are_refused_by_name(chat_bases: Bases, tmp_path: Path):
     mine = tiny_chat.chats(tmp_path / "mine.jsonl", [*tiny_chat.CHATS[:6], LONG, *tiny_chat.CHATS[6:]])
     with pytest.raises(DataError, match=r"task.max_length=96 cuts all answers off in\n  .*mine.jsonl:7$") as caught:
-        run(tiny_chat.recipe(bases(), mine), tmp_path / "bundle", device_name="cpu")
+        run(tiny_chat.recipe(chat_bases(), mine), tmp_path / "bundle", device_name="cpu")
     assert "task.too_long=drop" in caught.value.hint
     assert not (tmp_path / "bundle").exists()
 
@@ -116,12 +98,12 @@ def test_many_are_counted():
     assert Chat(max_length=16, too_long="drop").encode(words, [talk("a " * 50, "b")] * 15) == [[]] * 15
 
 
-def test_rows_that_are_dropped_are_named_and_not_counted(bases: Bases, tmp_path: Path):
+def test_rows_that_are_dropped_are_named_and_not_counted(chat_bases: Bases, tmp_path: Path):
     rows = [*tiny_chat.CHATS[:6], LONG, *tiny_chat.CHATS[6:16]]
     mine = tiny_chat.chats(tmp_path / "mine.jsonl", rows)
     held = tiny_chat.chats(tmp_path / "held.jsonl", [LONG, *tiny_chat.CHATS[16:]])
     overrides = ["task.too_long=drop", "train.steps=null", "train.epochs=1", "data.validation=null"]
-    wanted = tiny_chat.recipe(bases(), mine, *overrides, f"data.test={held}", "train.batch_size=16")
+    wanted = tiny_chat.recipe(chat_bases(), mine, *overrides, f"data.test={held}", "train.batch_size=16")
     report = json.loads((run(wanted, tmp_path / "bundle", device_name="cpu").folder / "report.json").read_text())
     assert report["notes"] == [
         "1 of 9 test texts stand in train too; scored with and without",
@@ -136,8 +118,8 @@ def test_rows_that_are_dropped_are_named_and_not_counted(bases: Bases, tmp_path:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_loss_is_that_of_transformers(architecture: str, bases: Bases, chats: Path, tmp_path: Path):
-    ready = prepared(bases, chats, tmp_path, architecture)
+def test_the_loss_is_that_of_transformers(architecture: str, chat_bases: Bases, chats: Path, tmp_path: Path):
+    ready = prepared(chat_bases, chats, tmp_path, architecture)
     batch = whole(ready.tokens["train"], ready)
     labels = torch.full_like(batch.ids, IGNORED)
     labels[:, 1:] = batch.targets[:, :-1]
@@ -151,12 +133,12 @@ def test_the_loss_is_that_of_transformers(architecture: str, bases: Bases, chats
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_any_cut_of_a_step_gives_the_same_gradient(
-    architecture: str, method: str, bases: Bases, chats: Path, tmp_path: Path
+    architecture: str, method: str, chat_bases: Bases, chats: Path, tmp_path: Path
 ):
     found = []
     for number, tokens in enumerate((1, 200, 100_000)):
         ready = prepared(
-            bases,
+            chat_bases,
             chats,
             tmp_path / str(number),
             architecture,
@@ -173,8 +155,8 @@ def test_any_cut_of_a_step_gives_the_same_gradient(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_outputs_are_those_of_the_full_forward(architecture: str, bases: Bases, chats: Path, tmp_path: Path):
-    ready = prepared(bases, chats, tmp_path, architecture)
+def test_outputs_are_those_of_the_full_forward(architecture: str, chat_bases: Bases, chats: Path, tmp_path: Path):
+    ready = prepared(chat_bases, chats, tmp_path, architecture)
     batch, task, model = whole(ready.tokens["test"], ready), ready.adapted.task, ready.adapted.model
     with torch.inference_mode():
         outputs, last = task.outputs(model, batch), task.logits(model, batch)
@@ -217,8 +199,8 @@ def test_a_lower_loss_is_the_better_one():
     assert evaluate.difference(task, truth, bad, good).value == -2.0
 
 
-def test_early_stopping_keeps_the_lowest_loss(bases: Bases, chats: Path, tmp_path: Path):
-    ready = prepared(bases, chats, tmp_path, "llama", "train.early_stopping.patience=2", "train.steps=9")
+def test_early_stopping_keeps_the_lowest_loss(chat_bases: Bases, chats: Path, tmp_path: Path):
+    ready = prepared(chat_bases, chats, tmp_path, "llama", "train.early_stopping.patience=2", "train.steps=9")
     state = ready.start()
     kept: list[dict[str, torch.Tensor]] = []
     losses = [3.0, 2.0, 2.5, 2.1]
@@ -260,9 +242,9 @@ def require_apart(rows: list[Any], parts: dict[str, np.ndarray]) -> None:
             assert not own & other
 
 
-def test_distinct_leaves_repeats_out_and_tells(bases: Bases, tmp_path: Path):
+def test_distinct_leaves_repeats_out_and_tells(chat_bases: Bases, tmp_path: Path):
     mine = tiny_chat.chats(tmp_path / "mine.jsonl", [*tiny_chat.CHATS, *tiny_chat.CHATS[:5]])
-    found = data.load(tiny_chat.recipe(bases(), mine, "data.distinct=true"), tmp_path)
+    found = data.load(tiny_chat.recipe(chat_bases(), mine, "data.distinct=true"), tmp_path)
     assert sum(map(len, found.splits().values())) == len(tiny_chat.CHATS)
     assert found.notes == ("5 of 29 rows of train repeat an earlier one and are left out",)
 
@@ -270,19 +252,19 @@ def test_distinct_leaves_repeats_out_and_tells(bases: Bases, tmp_path: Path):
 # What is refused
 
 
-def test_method_head_is_refused_with_the_recipe(bases: Bases, chats: Path):
+def test_method_head_is_refused_with_the_recipe(chat_bases: Bases, chats: Path):
     with pytest.raises(RecipeError, match=r"method.kind: head trains the task's head alone, and chat has none"):
-        tiny_chat.recipe(bases(), chats, "method.kind=head")
-    tiny_chat.recipe(bases(), chats, "method.kind=full")
+        tiny_chat.recipe(chat_bases(), chats, "method.kind=head")
+    tiny_chat.recipe(chat_bases(), chats, "method.kind=full")
 
 
-def test_a_base_without_a_template_is_told_before_weights_are_read(bases: Bases, chats: Path, tmp_path: Path):
-    wanted = tiny_chat.recipe(bases("gpt2"), chats)
+def test_a_base_without_a_template_is_told_before_weights_are_read(chat_bases: Bases, chats: Path, tmp_path: Path):
+    wanted = tiny_chat.recipe(chat_bases("gpt2"), chats)
     with pytest.raises(ModelError, match="the base has no chat template"):
         run(wanted, tmp_path / "bundle", device_name="cpu")
 
 
-def test_a_base_that_lacks_its_output_layer_is_refused(bases: Bases, chats: Path, tmp_path: Path):
+def test_a_base_that_lacks_its_output_layer_is_refused(chat_bases: Bases, chats: Path, tmp_path: Path):
     folder = tiny_chat.base(tmp_path / "base", "llama", tied=False)
     AutoModelForCausalLM.from_pretrained(folder).model.save_pretrained(folder)
     with pytest.raises(ModelError, match="brings no lm_head of its own, which chat needs"):
@@ -315,10 +297,10 @@ def test_a_base_that_sees_what_it_is_to_write_is_refused(architecture: str, chat
     ],
 )
 def test_unrelated_text_that_cannot_be_read_is_told_before_training(
-    content: str, message: str, bases: Bases, chats: Path, tmp_path: Path
+    content: str, message: str, chat_bases: Bases, chats: Path, tmp_path: Path
 ):
     (tmp_path / "control.csv").write_text(content)
-    wanted = tiny_chat.recipe(bases(), chats, f"task.control={tmp_path / 'control.csv'}")
+    wanted = tiny_chat.recipe(chat_bases(), chats, f"task.control={tmp_path / 'control.csv'}")
     heard: list[object] = []
     with pytest.raises(DataError, match=message):
         run(wanted, tmp_path / "bundle", device_name="cpu", listen=heard.append)
@@ -328,9 +310,11 @@ def test_unrelated_text_that_cannot_be_read_is_told_before_training(
 # Before and after
 
 
-def test_the_report_shows_answers_and_losses_before_and_after(bases: Bases, chats: Path, tmp_path: Path):
+def test_the_report_shows_answers_and_losses_before_and_after(chat_bases: Bases, chats: Path, tmp_path: Path):
     (tmp_path / "control.csv").write_text("text\nthe film was good\ndull and long\n")
-    wanted = tiny_chat.recipe(bases(), chats, f"task.control={tmp_path / 'control.csv'}", "train.learning_rate=0.05")
+    wanted = tiny_chat.recipe(
+        chat_bases(), chats, f"task.control={tmp_path / 'control.csv'}", "train.learning_rate=0.05"
+    )
     report = json.loads((run(wanted, tmp_path / "bundle", device_name="cpu").folder / "report.json").read_text())
     assert len(report["samples"]) == 2
     for sample in report["samples"]:
@@ -346,10 +330,12 @@ def test_the_report_shows_answers_and_losses_before_and_after(bases: Bases, chat
     assert set(ours) == {"loss", "perplexity", "token_accuracy", "tokens"}
 
 
-def test_questions_that_leave_no_room_for_an_answer_are_no_samples(bases: Bases, tmp_path: Path):
+def test_questions_that_leave_no_room_for_an_answer_are_no_samples(chat_bases: Bases, tmp_path: Path):
     long = {"messages": [{"role": "user", "content": "Why? " * 200}, {"role": "assistant", "content": "That."}]}
     mine = tiny_chat.chats(tmp_path / "mine.jsonl", tiny_chat.CHATS)
     held = tiny_chat.chats(tmp_path / "held.jsonl", [long, *tiny_chat.CHATS[:2]])
-    ready = prepare(tiny_chat.recipe(bases(), mine, f"data.test={held}", "task.max_length=2000"), tmp_path / "work")
+    ready = prepare(
+        tiny_chat.recipe(chat_bases(), mine, f"data.test={held}", "task.max_length=2000"), tmp_path / "work"
+    )
     found = contrast.prepare(ready.adapted, ready.tokens)
     assert [question.messages for question in found.questions] == [row["messages"][:1] for row in tiny_chat.CHATS[:2]]
