@@ -258,7 +258,7 @@ def by_role(
         DataError: A value cannot be written as UTF-8.
     """
     lacks = {form: _lacking(form, row, columns, labelled=labelled) for form in forms}
-    nearly = min(forms, key=lambda form: len(lacks[form]) / len(form.roles))
+    nearly = min(forms, key=lambda form: len(lacks[form]) / len((*form.given, *(form.wanted if labelled else ()))))
     if lacks[nearly]:
         raise _missing(nearly, lacks[nearly], row, where, forms, columns)
     form = next(form for form in forms if not lacks[form])
