@@ -204,7 +204,7 @@ def test_int8_round_trips_and_merges(bases: Bases, conll: Path, tmp_path: Path):
 def test_an_entity_type_that_only_test_has_is_told_with_its_place(bases: Bases, conll: Path, tmp_path: Path):
     test = tmp_path / "test.conll"
     test.write_text("the O\nfilm O\n\na O\nplot B-ORG\n")
-    with pytest.raises(DataError, match=rf"^{test}:4: entities of the unknown type 'ORG', in 1 row$"):
+    with pytest.raises(DataError, match=rf"^{test}:4: unknown label 'ORG', 1 row$"):
         run(recipe(bases("bert"), conll, f"data.test={test}"), tmp_path / "bundle", device_name="cpu")
 
 
