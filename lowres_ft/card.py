@@ -11,7 +11,7 @@ _FIGURES = {"value", "low", "high", "count"}
 
 def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
     """The card of a bundle whose scores stand in `report`. `pad_token_id` is given where the base sets none."""
-    trial = bundle.recipe.task.trial
+    trial, cleaners = bundle.recipe.task.trial, ", ".join(bundle.recipe.data.clean)
     body = [
         f"# {bundle.recipe.name}",
         bundle.recipe.summary,
@@ -23,6 +23,8 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
         f"With lowres-ft: `lowres-ft predict . {trial}`; `lowres-ft verify .` checks files and logits.",
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
         f"```python\n{_lines(bundle, pad_token_id)}\n```",
+        bundle.recipe.task.advice,
+        f"Texts are cleaned first ({cleaners}): lowres-ft does so by itself, other programs must." if cleaners else "",
     ]
     return f"---\n{yaml12.dumps(_front_matter(bundle))}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
 

@@ -6,7 +6,7 @@ labels; everything after works on that file, memory-mapped, so a source may be l
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lowres_ft import assets, readers
+from lowres_ft import assets, clean, readers
 from lowres_ft.errors import DataError, nearest
 from lowres_ft.files import writing
 from lowres_ft.recipe import DataSpec, Recipe
@@ -132,7 +132,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
         AssetError: A starter cannot be fetched.
     """
     spec = recipe.data
-    rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress)
+    rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress, cleaners=spec.clean)
     task = recipe.task.resolve(seen)
     notes: list[str] = []
     rows = _once(rows, spec, "train", notes)
@@ -140,7 +140,8 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     shares: dict[str, float] = {}
     for name, source in {"validation": spec.validation, "test": spec.test}.items():
         if isinstance(source, str):
-            held[name], seen = store(source, task, spec.columns, workspace / f"{name}.arrow", progress)
+            path = workspace / f"{name}.arrow"
+            held[name], seen = store(source, task, spec.columns, path, progress, cleaners=spec.clean)
             task.check(seen)
             held[name] = _once(held[name], spec, name, notes)
         elif source is not None:
@@ -194,16 +195,22 @@ def _overlaps(data: Data, spec: DataSpec) -> Iterator[str]:
 
 
 def store(
-    source: str, task: Task, columns: Mapping[str, str], path: Path, progress: assets.Progress | None = None
+    source: str,
+    task: Task,
+    columns: Mapping[str, str],
+    path: Path,
+    progress: assets.Progress | None = None,
+    *,
+    cleaners: Sequence[str] = (),
 ) -> tuple[Rows, dict[str, Seen]]:
-    """Read a source into an Arrow file at `path`; return its rows and the labels that stand in it."""
+    """Read a source into an Arrow file at `path`, cleaned; return its rows and the labels that stand in it."""
     seen: dict[str, Seen] = {}
     wrong: list[DataError] = []
     pending: list[dict[str, Any]] = []
     with writing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for where, row in readers.rows(source, progress):
             try:
-                example = task.read(by_role(row, where, task.forms, columns), where)
+                example = clean.cleaned(task, task.read(by_role(row, where, task.forms, columns), where), cleaners)
             except MissingColumnError:
                 raise
             except DataError as error:
@@ -260,7 +267,7 @@ def by_role(
         DataError: A value cannot be written as UTF-8.
     """
     lacks = {form: _lacking(form, row, columns, labelled=labelled) for form in forms}
-    nearly = min(forms, key=lambda form: len(lacks[form]) / len(form.roles))
+    nearly = min(forms, key=lambda form: len(lacks[form]) / len((*form.given, *(form.wanted if labelled else ()))))
     if lacks[nearly]:
         raise _missing(nearly, lacks[nearly], row, where, forms, columns)
     form = next(form for form in forms if not lacks[form])
@@ -297,7 +304,8 @@ def _missing(
         ways = "; or ".join(" and ".join((*form.given, *form.wanted)) for form in forms)
         hint = f"What is read is {ways}. A column of another name is mapped with data.columns.{role}=NAME."
     return MissingColumnError(
-        f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}", hint=hint
+        f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}",
+        hint=f"{hint} {form.hint}".strip(),
     )
 
 

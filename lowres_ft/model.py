@@ -41,6 +41,7 @@ class Adapted:
     dtype: torch.dtype
     parameters: int
     """Of the whole model, adapters not counted."""
+    cleaners: tuple[str, ...]
 
     @property
     def device(self) -> torch.device:
@@ -115,9 +116,8 @@ def load(
             module = model.get_submodule(head).float().requires_grad_(True)
             module.register_forward_pre_hook(_to_float32)
     model.train(recipe.model.dropout > 0)
-    adapted = Adapted(
-        model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters
-    )
+    known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
+    adapted = Adapted(model, tokenizer, *known)
     if recipe.task.generates:
         _require_causal(adapted)
     _require_padding_without_effect(adapted)
@@ -154,9 +154,8 @@ def save_plain(adapted: Adapted, folder: Path) -> None:
 def load_plain(task: Task, folder: Path, device: str) -> PreTrainedModel:
     """Load what `save_plain` wrote in fp32, as any other program would."""
     with profiles.quiet():
-        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
+        auto = profiles.auto_class(task)
+        loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     loaded.to(device).eval()
     return loaded
 
@@ -306,15 +305,13 @@ def _require_causal(adapted: Adapted) -> None:
     Raises:
         ModelError: It has no output layer, or a later word changes what it expects at an earlier one.
     """
-    model = adapted.model
-    ids = torch.arange(8, device=adapted.device)[None] + len(adapted.tokenizer) // 2
-    was_training = model.training
-    model.eval()
+    ids = torch.arange(8, device=adapted.device).repeat(3, 1) + len(adapted.tokenizer) // 2  # (3, 8)
+    ids[1, 4:] += 4
+    ids[2, 0] += 4
     with torch.inference_mode(), adapted.computing():
-        # (2, 4, V): the same four words, alone and before four others
-        alone, before = (model(input_ids=part, use_cache=False).logits[0, :4].float() for part in (ids[:, :4], ids))
-    model.train(was_training)
-    if model.get_output_embeddings() is None or (alone - before).norm() > 0.05 * alone.norm():
+        logits = adapted.model(input_ids=ids, use_cache=False).logits[:, :4].float()
+    later, earlier = ((logits[0] - logits[changed]).norm() for changed in (1, 2))
+    if adapted.model.get_output_embeddings() is None or later > 0.05 * earlier + 1e-6:
         kind = adapted.base.config().get("model_type")
         raise ModelError(
             f"{adapted.base.source} (model_type {kind!r}) does not write from left to right, so it cannot chat",

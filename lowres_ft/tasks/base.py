@@ -5,13 +5,14 @@ one for each token; those that are not `IGNORED` are its items. An item is what 
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
+from lowres_ft.errors import DataError
 from lowres_ft.spec import Spec
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Form:
     wanted: tuple[str, ...] = ()
     """What is to be predicted; absent where texts without labels are read."""
     optional: tuple[str, ...] = ()
+    hint: str = ""
+    """What else may be meant where a column is missing."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -185,6 +188,11 @@ class Task(Spec):
         """What follows `lowres-ft predict BUNDLE` to try it."""
         return '"your text"'
 
+    @property
+    def advice(self) -> str:
+        """What other programs that load the model must know; empty where there is nothing."""
+        return ""
+
     def model_config_fields(self) -> dict[str, Any]:
         """What the model's config must say about this task, such as its labels."""
         return {}
@@ -212,6 +220,14 @@ class Task(Spec):
             DataError: A text alone is no example.
         """
         return self.question({"text": text}, where)
+
+    def cleaned(self, example: Any, clean: Callable[[str], str]) -> Any:
+        """The example with its texts cleaned.
+
+        Raises:
+            DataError: A text is empty afterwards, or the task's texts must stay as they are.
+        """
+        raise DataError(f"{example.where}: a text of {self.kind} cannot be cleaned", hint="Leave out data.clean.")
 
     def keys(self, example: Any) -> Collection[str]:
         """Texts by which rows are the same: two that share one stay on one side of a split."""

@@ -1,13 +1,15 @@
 """Text classification: labels for a text or a pair of texts, one or any number of them."""
 
 import itertools
+import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from lowres_ft.clean import require_left
 from lowres_ft.errors import DataError, ModelError, nearest
 from lowres_ft.tasks import _labels
 from lowres_ft.tasks._labels import MOST_LABELS, Label, listed, quoted
@@ -95,7 +97,8 @@ class Classification(Task):
     @property
     def forms(self) -> tuple[Form, ...]:
         given = ("text", "pair") if self.pairs else ("text",)
-        one_column = Form(given=given, wanted=("label",))
+        hint = "Where each label has a column of its own, list the labels in task.labels." if self.multi_label else ""
+        one_column = Form(given=given, wanted=("label",), hint=hint)
         return (one_column, Form(given=given, wanted=self.classes)) if self._by_column else (one_column,)
 
     @property
@@ -128,6 +131,12 @@ class Classification(Task):
     def trial(self) -> str:
         return "--file pairs.csv" if self.pairs else super().trial
 
+    @property
+    def advice(self) -> str:
+        pairs = "Both texts are tokenized together: `tokenizer(text, pair)`. " * self.pairs
+        given = json.dumps(self.thresholds, ensure_ascii=False) if self.thresholds else ""
+        return (pairs + f"A label is given from these probabilities on: {given}" * bool(given)).strip()
+
     def model_config_fields(self) -> dict[str, Any]:
         return {
             "num_labels": len(self.classes),
@@ -154,6 +163,11 @@ class Classification(Task):
                 hint="Give a file with both: --file F, a CSV, TSV, JSONL or Parquet file with a column for each.",
             )
         return self.read({"text": text}, where)
+
+    def cleaned(self, example: Text, clean: Callable[[str], str]) -> Text:
+        text = require_left(clean(example.text), f"{example.where}: the text")
+        pair = None if example.pair is None else require_left(clean(example.pair), f"{example.where}: the pair")
+        return replace(example, text=text, pair=pair)
 
     def keys(self, example: Text) -> Collection[str]:
         if example.pair is None:
