@@ -4,10 +4,11 @@ Which examples make up a step follows from the data and the seed alone. How a st
 plan's business and changes nothing but rounding.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged
 _WINDOW = 16  # batches that are sorted by length together, so that little of a batch is padding
 _AT_ONCE = 1024  # texts that pass the tokenizer together
 _TOLD = 10  # rows that are named at the most
-_PARTS = (attrgetter("ids"), attrgetter("targets"))
+_TYPES = (np.int32, np.int32, np.uint8)  # of ids, targets and segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class Tokens:
     """The rows that the sequences are of; None for texts that came without a file."""
     left_out: tuple[str, ...] = ()
     """File and line of the examples that the task left out."""
+    segments: np.ndarray | None = None
+    """(all tokens,) uint8 which of two texts each token is of; None where there is but one."""
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -86,32 +89,39 @@ class Tokens:
 
 
 def tokenize(adapted: Adapted, rows: Rows, path: Path) -> Tokens:
-    """Tokenize a split into files at `path` (.ids and .targets), which are then memory-mapped.
+    """Tokenize a split into files at `path` (.ids, .targets and .segments), which are then memory-mapped.
 
     Raises:
         DataError: An example cannot be trained on, or the task left all of them out.
     """
-    files = [path.with_suffix(ending) for ending in (".ids", ".targets")]
-    counts: list[list[int]] = [[0], [0]]
+    files = [path.with_suffix(ending) for ending in (".ids", ".targets", ".segments")]
+    counts: list[list[int]] = [[0], [0], [0]]
     sequences: list[int] = []
     left_out: list[str] = []
-    with writing(path), open(files[0], "wb") as ids, open(files[1], "wb") as targets:
+    with writing(path), ExitStack() as stack:
+        sinks = [stack.enter_context(open(file, "wb")) for file in files]
         examples = rows.examples(adapted.task)
         while part := [example for _, example in zip(range(_AT_ONCE), examples, strict=False)]:
             for example, row in zip(part, adapted.task.encode(adapted.tokenizer, part), strict=True):
                 sequences.append(len(row))
                 left_out += [] if row else [example.where]
                 for encoded in row:
-                    for file, values, count in zip((ids, targets), (encoded.ids, encoded.targets), counts, strict=True):
-                        file.write(np.array(values, dtype=np.int32).tobytes())
+                    for sink, values, kind, count in zip(sinks, _parts(encoded), _TYPES, counts, strict=True):
+                        sink.write(np.array(values, dtype=kind).tobytes())
                         count.append(len(values))
     if not any(sequences):
         raise DataError(f"no row can be used; all were left out, such as {left_out[0]}")
     kept = np.flatnonzero(sequences)
-    flat = [np.memmap(file, dtype=np.int32, mode="r") for file in files]
     starts = [np.cumsum(count, dtype=np.int64) for count in counts]
+    flat = [np.memmap(file, dtype=np.int32, mode="r") for file in files[:2]]
+    segments = np.memmap(files[2], dtype=np.uint8, mode="r") if starts[2][-1] else None
     firsts = np.cumsum([0, *(sequences[row] for row in kept)], dtype=np.int64)
-    return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, rows.take(kept), tuple(left_out))
+    return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, rows.take(kept), tuple(left_out), segments)
+
+
+def _parts(encoded: Encoded) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """What is stored of a sequence."""
+    return encoded.ids, encoded.targets, encoded.segments or ()
 
 
 def told(name: str, tokens: Tokens) -> str:
@@ -124,10 +134,12 @@ def told(name: str, tokens: Tokens) -> str:
 def in_memory(encoded: Sequence[Sequence[Encoded]]) -> Tokens:
     """A few rows that were encoded already."""
     sequences = [one for row in encoded for one in row]
-    flat = [np.array([value for one in sequences for value in part(one)], dtype=np.int32) for part in _PARTS]
-    starts = [np.cumsum([0, *(len(part(one)) for one in sequences)], dtype=np.int64) for part in _PARTS]
+    columns = list(zip(*map(_parts, sequences), strict=True)) or [()] * len(_TYPES)
+    flat = [np.array(list(itertools.chain(*column)), dtype=kind) for column, kind in zip(columns, _TYPES, strict=True)]
+    starts = [np.cumsum([0, *map(len, column)], dtype=np.int64) for column in columns]
     firsts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return Tokens(flat[0], starts[0], flat[1], starts[1], firsts)
+    segments = flat[2] if len(flat[2]) else None
+    return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, segments=segments)
 
 
 def steps(tokens: Tokens, batch_size: int, seed: int) -> Iterator[np.ndarray]:
@@ -173,11 +185,16 @@ def collate(tokens: Tokens, positions: np.ndarray, adapted: Adapted) -> Batch:
     ids = np.full((len(positions), width), adapted.tokenizer.pad_token_id, dtype=np.int64)
     mask = np.zeros((len(positions), width), dtype=np.int64)
     targets = np.full((len(positions), depth), IGNORED, dtype=np.int64)
+    segments = None if tokens.segments is None else np.zeros((len(positions), width), dtype=np.int64)
     for row, position in enumerate(positions):
         sequence, target = tokens.sequence(position), tokens.target(position)
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
         targets[row, : len(target)] = target
+        if segments is not None and tokens.segments is not None:
+            start = tokens.starts[position]
+            segments[row, : len(sequence)] = tokens.segments[start : start + len(sequence)]
     device = adapted.device
     arrays = (ids, mask, targets, positions.astype(np.int64))
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    batch = Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    return batch if segments is None else replace(batch, segments=torch.from_numpy(segments).to(device))

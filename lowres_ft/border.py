@@ -10,9 +10,9 @@ from safetensors.torch import load as tensors_from
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import profiles
 from lowres_ft.errors import BundleError
-from lowres_ft.linear import AdaptedLinear
+from lowres_ft.linear import FROZEN_HALVES, AdaptedLinear
+from lowres_ft.methods.base import matches
 from lowres_ft.model import Adapted
 
 _PREFIX = "base_model.model."
@@ -20,7 +20,12 @@ _PREFIX = "base_model.model."
 
 def peft_tensors(adapted: Adapted) -> dict[str, Tensor]:
     """The tensors of a bundle under PEFT's names, contiguous and on the processor."""
-    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in adapted.tensors().items()}
+    tensors = {name: tensor for name, tensor in adapted.tensors().items() if not name.endswith(FROZEN_HALVES)}
+    for name in adapted.adapted:
+        layer = adapted.model.get_submodule(name)
+        assert isinstance(layer, AdaptedLinear)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer.saved().items()}
+    return {_peft_name(name): tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:
@@ -57,6 +62,7 @@ def peft_config(adapted: Adapted) -> dict[str, Any]:
     """The content of adapter_config.json."""
     layers = [adapted.model.get_submodule(name) for name in adapted.adapted]
     config = adapted.method.peft_config(
+        adapted.adapted,
         base_model_name_or_path=adapted.base.name,
         revision=adapted.base.revision,
         task_type=adapted.task.peft_type,
@@ -74,6 +80,6 @@ def _shortest_names(adapted: Adapted) -> list[str]:
     """Last parts of the adapted layers' names where these single them out by PEFT's rule, else whole names."""
     linears = [name for name, m in adapted.model.named_modules() if isinstance(m, nn.Linear | Conv1D | AdaptedLinear)]
     ends = {name.rpartition(".")[2] for name in adapted.adapted}
-    if {name for name in linears if any(profiles.matches(name, end) for end in ends)} == set(adapted.adapted):
+    if {name for name in linears if any(matches(name, end) for end in ends)} == set(adapted.adapted):
         return sorted(ends)
     return sorted(adapted.adapted)

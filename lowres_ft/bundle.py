@@ -118,6 +118,9 @@ class Bundle:
     ) -> tuple[Adapted, Plan]:
         """Load the model as it was trained and measured, or in another dtype or storage.
 
+        An adapter that corrects quantization belongs to the quantized base: for it, `quantize="none"` means the weights
+        that the quantized base computes with, held plain.
+
         Raises:
             BundleError: The base is another one, or the tensors do not fit it.
         """
@@ -125,14 +128,17 @@ class Bundle:
             found = Base(str(self.folder), self.folder, str(self.folder))
         else:
             found = self.base(base, progress)
+        dequantize = quantize == "none" and self.recipe.method.corrects_quantization
         changed: dict[str, Any] = {
-            "quantize": quantize or self.passport.quantize,
+            "quantize": self.passport.quantize if dequantize else quantize or self.passport.quantize,
             "dtype": dtype or self.passport.dtype,
         }
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
         plan = plans.make(wanted, profile, machine)
-        adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder))
+        adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder), new=False)
+        if dequantize:
+            model.dequantize(adapted)
         if not self.recipe.method.trains_base:
             try:
                 adapted.restore(read_adapter(self.folder / ADAPTER))
@@ -145,8 +151,7 @@ class Bundle:
         path = self.folder / PROBE
         if not path.is_file():
             return None
-        held = read_tensors(path)
-        return Probe(held["input_ids"], held["attention_mask"])
+        return Probe.of(read_tensors(path))
 
     def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
         """Compare the probe rows' logits with those recorded; `open_bundle` has compared the hashes.
@@ -263,8 +268,7 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
             raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")
         del adapted
         reference, _ = bundle.load(machine, dtype="float32")
-        held = {"input_ids": probed.ids, "attention_mask": probed.mask, "logits": probed.logits(reference)}
-        write_bytes(bundle.folder / PROBE, bytes_from(held))
+        write_bytes(bundle.folder / PROBE, bytes_from(probed.tensors() | {"logits": probed.logits(reference)}))
     files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
     passport = bundle.passport.model_copy(update={"files": files})
     write_json(bundle.folder / PASSPORT, passport.model_dump(mode="json"))

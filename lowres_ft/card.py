@@ -3,12 +3,15 @@
 import json
 from typing import Any
 
-from lowres_ft import yaml12
+from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
+
+_FIGURES = {"value", "low", "high", "count"}
 
 
 def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
     """The card of a bundle whose scores stand in `report`. `pad_token_id` is given where the base sets none."""
+    trial, cleaners = bundle.recipe.task.trial, ", ".join(bundle.recipe.data.clean)
     body = [
         f"# {bundle.recipe.name}",
         bundle.recipe.summary,
@@ -17,9 +20,11 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
         _table(report),
         "95 % bootstrap intervals. `report.json` holds the rest, `recipe.yaml` the experiment, `lowres.json` hashes.",
         "## Use",
-        'With lowres-ft: `lowres-ft predict . "a text"`; `lowres-ft verify .` checks files and logits.',
+        f"With lowres-ft: `lowres-ft predict . {trial}`; `lowres-ft verify .` checks files and logits.",
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
         f"```python\n{_lines(bundle, pad_token_id)}\n```",
+        bundle.recipe.task.advice,
+        f"Texts are cleaned first ({cleaners}): lowres-ft does so by itself, other programs must." if cleaners else "",
     ]
     return f"---\n{yaml12.dumps(_front_matter(bundle))}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
 
@@ -47,7 +52,7 @@ def _table(report: dict[str, Any]) -> str:
     rows += [(f"test, baseline {name}", scores) for name, scores in report["baselines"].items()]
     if not rows:
         return "No rows were held out."
-    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and "low" in value]
+    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and value.keys() >= _FIGURES]
     lines = ["| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, scores in rows:
         cells = [f"{scores[n]['value']:.3f} [{scores[n]['low']:.3f}, {scores[n]['high']:.3f}]" for n in names]
@@ -69,10 +74,14 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
         )
     base = bundle.passport.base
     options = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    names = [auto, "AutoTokenizer"]
+    if bundle.recipe.method.corrects_quantization:
+        names.append("BitsAndBytesConfig")
+        options += f",\n    quantization_config=BitsAndBytesConfig({_quantization(bundle)})"
     return "\n".join(
         [
             "from peft import PeftModel",
-            f"from transformers import AutoTokenizer, {auto}",
+            f"from transformers import {', '.join(sorted(names))}",
             f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}{_labels(bundle)}{_pad(pad_token_id)})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
@@ -108,4 +117,15 @@ def _labels(bundle: Bundle) -> str:
         return ""
     id2label = ", ".join(f"{index}: {json.dumps(label, ensure_ascii=False)}" for index, label in enumerate(labels))
     label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
-    return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}"
+    kind = bundle.recipe.task.model_config_fields().get("problem_type")
+    more = f', problem_type="{kind}"' if kind == "multi_label_classification" else ""
+    return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}{more}"
+
+
+def _quantization(bundle: Bundle) -> str:
+    """The arguments that quantize the base as it was in training, all but the heads."""
+    config = json.loads((bundle.folder / "adapter_config.json").read_bytes())
+    fields = quantize.config_fields(bundle.passport.quantize)
+    if config["modules_to_save"]:  # without any, transformers spares the output layer
+        fields["llm_int8_skip_modules"] = config["modules_to_save"]
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())

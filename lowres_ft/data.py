@@ -6,7 +6,7 @@ labels; everything after works on that file, memory-mapped, so a source may be l
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lowres_ft import assets, readers
+from lowres_ft import assets, clean, readers
 from lowres_ft.errors import DataError, nearest
 from lowres_ft.files import writing
 from lowres_ft.recipe import DataSpec, Recipe
@@ -132,7 +132,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
         AssetError: A starter cannot be fetched.
     """
     spec = recipe.data
-    rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress)
+    rows, seen = store(spec.train, recipe.task, spec.columns, workspace / "train.arrow", progress, cleaners=spec.clean)
     task = recipe.task.resolve(seen)
     notes: list[str] = []
     rows = _once(rows, spec, "train", notes)
@@ -140,7 +140,8 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     shares: dict[str, float] = {}
     for name, source in {"validation": spec.validation, "test": spec.test}.items():
         if isinstance(source, str):
-            held[name], seen = store(source, task, spec.columns, workspace / f"{name}.arrow", progress)
+            path = workspace / f"{name}.arrow"
+            held[name], seen = store(source, task, spec.columns, path, progress, cleaners=spec.clean)
             task.check(seen)
             held[name] = _once(held[name], spec, name, notes)
         elif source is not None:
@@ -153,7 +154,10 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
             f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row",
             hint="Raise it, or leave it out.",
         )
+    task = task.weigh(train.labels)
     data = Data(task, train, held.get("validation"), held.get("test"))
+    whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
+    notes += [f"{name}: {note}" for name, found in whole.items() for note in task.notes(found.examples(task))]
     return replace(data, notes=(*notes, *_overlaps(data, spec)))
 
 
@@ -182,16 +186,22 @@ def _overlaps(data: Data, spec: DataSpec) -> Iterator[str]:
 
 
 def store(
-    source: str, task: Task, columns: Mapping[str, str], path: Path, progress: assets.Progress | None = None
+    source: str,
+    task: Task,
+    columns: Mapping[str, str],
+    path: Path,
+    progress: assets.Progress | None = None,
+    *,
+    cleaners: Sequence[str] = (),
 ) -> tuple[Rows, dict[str, Seen]]:
-    """Read a source into an Arrow file at `path`; return its rows and the labels that stand in it."""
+    """Read a source into an Arrow file at `path`, cleaned; return its rows and the labels that stand in it."""
     seen: dict[str, Seen] = {}
     wrong: list[DataError] = []
     pending: list[dict[str, Any]] = []
     with writing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for where, row in readers.rows(source, progress):
             try:
-                example = task.read(by_role(row, where, task.forms, columns), where)
+                example = clean.cleaned(task, task.read(by_role(row, where, task.forms, columns), where), cleaners)
             except MissingColumnError:
                 raise
             except DataError as error:
@@ -214,7 +224,8 @@ def store(
 def _record(task: Task, example: Example) -> dict[str, Any]:
     """An example as it lies in the Arrow file."""
     content = {field.name: getattr(example, field.name) for field in fields(example) if field.name != "where"}
-    text = json.dumps(content, ensure_ascii=False)
+    # What an example does not have is left out, so that a field more does not change what is known of older rows.
+    text = json.dumps({name: value for name, value in content.items() if value is not None}, ensure_ascii=False)
     return {
         "where": example.where,
         "keys": [key(text) for text in task.keys(example)],
@@ -284,7 +295,8 @@ def _missing(
         ways = "; or ".join(" and ".join((*form.given, *form.wanted)) for form in forms)
         hint = f"What is read is {ways}. A column of another name is mapped with data.columns.{role}=NAME."
     return MissingColumnError(
-        f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}", hint=hint
+        f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}",
+        hint=f"{hint} {form.hint}".strip(),
     )
 
 

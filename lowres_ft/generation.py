@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from lowres_ft import clean
 from lowres_ft.bundle import Bundle
 from lowres_ft.errors import BundleError, DataError
 from lowres_ft.model import Adapted
@@ -122,7 +123,8 @@ class Session:
 
     def __init__(self, writer: Writer, *, system: str | None = None) -> None:
         self.writer = writer
-        self.opening = [] if system is None else [{"role": "system", "content": system}]
+        self.clean = clean.cleaner(writer.adapted.cleaners)
+        self.opening = [] if system is None else [{"role": "system", "content": self._cleaned(system)}]
         self.turns: list[Message] = []
         self.forgotten = 0
         """Turns that were left out so far."""
@@ -135,9 +137,9 @@ class Session:
         """Send a message and return the answer.
 
         Raises:
-            DataError: The message alone leaves no room for an answer.
+            DataError: The message alone leaves no room for an answer, or is empty once it is cleaned.
         """
-        self.turns.append({"role": "user", "content": text})
+        self.turns.append({"role": "user", "content": self._cleaned(text)})
         while len(self.turns) > 1 and not self.writer.fits(self._example()):
             del self.turns[:2]
             self.forgotten += 1
@@ -148,6 +150,9 @@ class Session:
             raise
         self.turns.append({"role": "assistant", "content": answer})
         return answer
+
+    def _cleaned(self, text: str) -> str:
+        return clean.require_left(self.clean(text), "the message") if self.writer.adapted.cleaners else text
 
     def _example(self) -> Conversation:
         return Conversation("this conversation", [*self.opening, *self.turns])

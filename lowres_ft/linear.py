@@ -1,6 +1,6 @@
-"""AdaptedLinear: a frozen linear layer and its low-rank adapter in one autograd function.
+"""Layers that stand in for frozen linear layers, each with its adapter: PEFT's parameters, our own products.
 
-With x (N, inputs), a frozen W (outputs, inputs), A (rank, inputs) and B (outputs, rank):
+With x (N, inputs), a frozen W (outputs, inputs), A (rank, inputs) and B (outputs, rank), a low-rank layer computes
 
     y = x W^T + b + s (m * x) A^T B^T
 
@@ -9,9 +9,20 @@ operations with a copy of x in fp32. Here a layer keeps x (shared by all layers 
 
     dB = s dy^T h,   dh = s dy B,   dA = dh^T (m * x),   dx = dy W + m * (dh A).
 
-A and B are fp32 parameters; their copies in the dtype of x live only within a call. An int8 W holds row-wise
-absmax codes: W = diag(scale) codes. The codes are exact in bf16, so one conversion serves the product and the scale
-goes on the output (Dettmers et al. 2022, arXiv:2208.07339, for the format).
+A and B are fp32 parameters; their copies in the dtype of x live only within a call.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) begins with factors A0 and B0 of W's principal part and takes them back: its
+update is B A - B0 A0. It is computed, and saved, as one of twice the rank, made of differences, so that 16 bits hold
+what was learned:
+
+    B A - B0 A0 = [B, B - B0] [A - A0; A0].
+
+A layer with a magnitude (DoRA, Liu et al. 2024, arXiv:2402.09353) computes, with V = W + s B A and g = m / ||V||,
+
+    y = g (x V^T) + b,   ||V||^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B (A A^T) . B   for each row,
+
+where m (outputs,) is learned and the norm counts as constant in the gradient. The right-hand side costs a product of
+`rank` rows and never makes V.
 """
 
 import math
@@ -20,224 +31,282 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowres_ft.errors import ModelError
-from lowres_ft.methods.base import LowRank
+from lowres_ft.dropout import DropoutKeys, DropoutMask, mix
+from lowres_ft.factorize import principal
+from lowres_ft.methods.base import Adapter, LowRank, Scale
+from lowres_ft.storage import Storage
 
-_MASK64 = (1 << 64) - 1
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the size of an element, in bytes."""
-
-
-class DropoutKeys:
-    """What keys the dropout masks of a model: shared by its layers and set before each micro-batch."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.step = 0
-        self.rows: Tensor | None = None
-        self.length = 0
-
-    def set(self, step: int, rows: Tensor, length: int) -> None:
-        """Turn dropout on for a micro-batch of `rows` (B,), padded to `length` tokens."""
-        self.step, self.rows, self.length = step, rows, length
-
-    def clear(self) -> None:
-        """Turn dropout off."""
-        self.rows = None
+FROZEN_HALVES = (".lora_A0", ".lora_B0")
+"""How the names of tensors end that are kept with an adapter, but not trained."""
 
 
 class AdaptedLinear(nn.Module):
-    """Stands in for a linear layer (`nn.Linear`, GPT-2's `Conv1D`, bitsandbytes' `Linear8bitLt`)."""
+    """Stands in for a linear layer (`nn.Linear`, GPT-2's `Conv1D`, bitsandbytes' `Linear8bitLt` and `Linear4bit`)."""
 
-    weight: Tensor
-    scale: Tensor | None
     bias: Tensor | None
-    lora_A: nn.Parameter | None  # noqa: N815 (PEFT's names)
-    lora_B: nn.Parameter | None  # noqa: N815
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, scale: Tensor | None = None) -> None:
-        """Take over a frozen weight (outputs, inputs), with `scale` (outputs,) fp32 where it holds int8 codes."""
+    def __init__(self, storage: Storage, bias: Tensor | None, *, transposed: bool = False) -> None:
+        """Take over a frozen weight; `transposed` says that the layer stood in for holds (inputs, outputs)."""
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight.detach())
-        self.register_buffer("scale", scale)
+        self.storage = storage
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
-        self.transposed = False  # True where the layer that this one stands in for holds (inputs, outputs)
-        self.scaling = 1.0
-        self.dropout = 0.0
-        self.keys: DropoutKeys | None = None
-        self.name_key = 0
+        self.transposed = transposed
+        self.in_features, self.out_features = storage.inputs, storage.outputs
 
-    def adapt(self, name: str, adapter: LowRank, keys: DropoutKeys) -> None:
-        """Add an adapter: A uniform within 1 / sqrt(inputs), as PEFT's, by a generator of its own; B zero."""
-        self.name_key = _mix(*name.encode())
-        generator = torch.Generator().manual_seed(_mix(keys.seed, self.name_key) >> 1)
-        bound = 1 / math.sqrt(self.in_features)
-        a = torch.empty(adapter.rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        device = self.weight.device
-        self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, adapter.rank, device=device))
-        self.scaling, self.dropout, self.keys = adapter.scaling, adapter.dropout, keys
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is held; models ask for its device and dtype."""
+        return self.storage.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        keep = None
-        if self.dropout and self.lora_A is not None and self.keys is not None and self.keys.rows is not None:
-            keep = _Keep(self.keys, self.name_key, self.dropout, x.shape)
-        flat = x.reshape(-1, self.in_features)  # here, as a view that leaves the function could not be changed in place
-        y: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-            flat, self.weight, self.scale, self.bias, self.lora_A, self.lora_B, self.scaling, keep
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+        flat = x.reshape(-1, self.in_features)  # here, as a view that leaves a function could not be changed in place
+        return self.product(flat, x.shape).view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """(N, inputs) -> (N, outputs), where the layer's input has `shape`."""
+        return frozen(x, self.storage, self.bias)
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (outputs, inputs) in fp32 and bias of a plain layer that computes the same."""
+        return self.storage.dequantized(), self.bias
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a bundle holds of the adapter."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+
+
+class LowRankLinear(AdaptedLinear):
+    """A frozen linear layer and its low-rank adapter."""
+
+    lora_A0: Tensor | None  # noqa: N815 (PEFT's names)
+    lora_B0: Tensor | None  # noqa: N815
+
+    def __init__(
+        self, storage: Storage, bias: Tensor | None, adapter: LowRank, name: str, keys: DropoutKeys, **options: bool
+    ) -> None:
+        """Begin with A uniform within 1 / sqrt(inputs), as PEFT's, by a generator of its own, and B zero."""
+        super().__init__(storage, bias, **options)
+        self.name_key = mix(*name.encode())
+        generator = torch.Generator().manual_seed(mix(keys.seed, self.name_key) >> 1)
+        bound = 1 / math.sqrt(self.in_features)
+        a = torch.empty(adapter.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        device = storage.weight.device
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, adapter.rank, device=device))
+        self.register_buffer("lora_A0", None)
+        self.register_buffer("lora_B0", None)
+        self.scaling, self.dropout, self.keys = adapter.scaling, adapter.dropout, keys
+
+    @torch.no_grad()
+    def begin_with(self, update: Tensor) -> None:
+        """Begin with the principal part of `update` (outputs, inputs)."""
+        a, b = principal(update, len(self.lora_A))
+        self.lora_A.copy_(a * self.scaling**-0.5)
+        self.lora_B.copy_(b * self.scaling**-0.5)
+
+    def take_back(self) -> None:
+        """Take the update as it stands back, for good."""
+        self.lora_A0, self.lora_B0 = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update."""
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return self.lora_A, self.lora_B
+        a = torch.cat([self.lora_A - self.lora_A0, self.lora_A0])
+        return a, torch.cat([self.lora_B, self.lora_B - self.lora_B0], dim=1)
+
+    def product(self, x: Tensor, shape: torch.Size) -> Tensor:
+        return low_rank(x, self.storage, self.bias, *self.factors(), self.scaling, self.mask(shape))
+
+    def mask(self, shape: torch.Size) -> DropoutMask | None:
+        """The dropout mask of an input of that shape; None where nothing is dropped."""
+        if not self.dropout or self.keys.rows is None:
+            return None
+        return DropoutMask(self.keys, self.name_key, self.dropout, shape)
 
     def delta(self) -> Tensor:
         """The adapter's update of the weight, (outputs, inputs) in fp32."""
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        b, a = (tensor.detach().cpu().double() for tensor in (self.lora_B, self.lora_A))  # MPS has no float64
+        a, b = (tensor.detach().cpu().double() for tensor in self.factors())  # MPS has no float64
         return (b @ a).mul_(self.scaling).float().to(self.weight.device)
 
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        return self.storage.dequantized() + self.delta(), self.bias
 
-class _Keep:
-    """A dropout mask that can be made again: in the forward pass and, from the same keys, in the backward pass."""
-
-    def __init__(self, keys: DropoutKeys, name_key: int, probability: float, shape: torch.Size) -> None:
-        assert keys.rows is not None
-        batch, length = len(keys.rows), keys.length
-        self.positions = shape[1] if len(shape) > 2 else 1
-        if tuple(shape[:-1]) in ((batch, length), (batch,)):
-            self.rows = keys.rows
-        elif tuple(shape[:-1]) == (batch * length,):  # texts one behind the other, as OPT flattens them
-            self.rows, self.positions = keys.rows, length
-        elif shape[0] == 1:
-            # An input that all examples share, such as DeBERTa's relative positions, is keyed by the step alone.
-            self.rows = torch.full((1,), -1, device=keys.rows.device)
-        else:
-            raise ModelError(
-                f"an adapted layer gets an input of shape {tuple(shape)} for {batch} texts of {length} tokens, "
-                "so its dropout cannot be keyed",
-                hint="Use method.dropout=0, or leave that layer out with method.targets.",
-            )
-        self.key = _mix(keys.seed, keys.step, name_key)
-        self.features = shape[-1]
-        self.probability = probability
-        self.scale = 1 / (1 - probability)
-
-    def masked(self, x: Tensor) -> Tensor:
-        """A copy of x (N, features) with zeros where the mask says so; `scale` is left to the smaller product."""
-        kept = self._mask(x.device).to(_INTEGERS[x.element_size()])
-        return (x.view(kept.dtype) & kept).view(x.dtype)
-
-    def _mask(self, device: torch.device) -> Tensor:
-        """(N, features) int32, all bits set where an element is kept.
-
-        A counter-based hash: each element follows from its key, row, position and feature. It goes on the bits of x,
-        as comparing and multiplying cost a processor more (MiniLM, dropout 0.1: 5,155 against 4,258 tokens/s).
-        """
-        position = torch.arange(self.positions, device=device)
-        row = _mix_tensor(_mix_tensor(self.rows.to(device) ^ _signed(self.key))[:, None] + position)
-        feature = _mix_tensor(torch.arange(self.features, device=device))
-        bits = row.reshape(-1, 1).to(torch.int32) ^ feature.to(torch.int32)
-        for factor, shift in ((0x7FEB352D, 15), (0x2C1B3C6D, 13)):
-            bits.mul_(factor).bitwise_xor_(bits >> shift)
-        # The arithmetic shift leaves bits below 2^31; those below the threshold are dropped.
-        threshold = int(self.probability * 2**31)
-        return bits.neg_().add_(threshold - 1).bitwise_right_shift_(31)
+    def saved(self) -> dict[str, Tensor]:
+        a, b = self.factors()
+        return super().saved() | {"lora_A": a.detach(), "lora_B": b.detach()}
 
 
-class _Adapted(torch.autograd.Function):
-    """The formulas at the top of this file."""
+class DoraLinear(LowRankLinear):
+    """A frozen linear layer, its low-rank adapter and a magnitude for each output."""
 
+    row_norms: Tensor
+
+    def __init__(
+        self, storage: Storage, bias: Tensor | None, adapter: LowRank, name: str, keys: DropoutKeys, **options: bool
+    ) -> None:
+        """Begin with the magnitudes that the weight has."""
+        super().__init__(storage, bias, adapter, name, keys, **options)
+        self.register_buffer("row_norms", storage.dequantized().norm(dim=1), persistent=False)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms.clone())
+
+    def product(self, x: Tensor, shape: torch.Size) -> Tensor:
+        mask = self.mask(shape)
+        gain = self.lora_magnitude_vector / self.norms(x.dtype)
+        dropped = x if mask is None else _Dropped.apply(x, mask)  # type: ignore[no-untyped-call]
+        y = low_rank(dropped, self.storage, None, self.lora_A, self.lora_B, self.scaling, None)
+        y = scaled(y, gain, self.bias)
+        # PEFT drops inputs of (g - 1) W as well as of A, but not of W.
+        return y if mask is None else y + frozen(x - dropped, self.storage, None)
+
+    @torch.no_grad()
+    def norms(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Norm of each row of W + s B A, (outputs,) fp32, whose product with W is computed in `dtype`."""
+        a, b = self.lora_A, self.lora_B * self.scaling
+        cross = self.storage.product(a.to(dtype)).t().float()  # W A^T, (outputs, rank)
+        squares = self.row_norms.square() + (b * (2 * cross + b @ (a @ a.t()))).sum(1)
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().merged()
+        gain = self.lora_magnitude_vector.detach() / weight.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        return weight * gain[:, None], bias
+
+
+class ScaledLinear(AdaptedLinear):
+    """A frozen linear layer whose inputs or outputs are scaled (IA3, Liu et al. 2022, arXiv:2205.05638)."""
+
+    def __init__(self, storage: Storage, bias: Tensor | None, adapter: Scale, **options: bool) -> None:
+        """Begin with factors of 1, (1, inputs) or (outputs, 1) as PEFT's."""
+        super().__init__(storage, bias, **options)
+        shape = (1, self.in_features) if adapter.of == "inputs" else (self.out_features, 1)
+        self.of = adapter.of
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=storage.weight.device))
+
+    def product(self, x: Tensor, shape: torch.Size) -> Tensor:
+        factors = self.ia3_l.flatten()
+        if self.of == "inputs":
+            return frozen(scaled(x, factors, None), self.storage, self.bias)
+        return scaled(frozen(x, self.storage, self.bias), factors, None)
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        factors = self.ia3_l.detach()
+        bias = (
+            self.bias if self.bias is None or self.of == "inputs" else (self.bias * factors[:, 0]).to(self.bias.dtype)
+        )
+        return self.storage.dequantized() * factors, bias
+
+
+def make(
+    storage: Storage, bias: Tensor | None, adapter: Adapter | None, name: str, keys: DropoutKeys, *, transposed: bool
+) -> AdaptedLinear:
+    """The layer that computes a frozen weight with an adapter; `name` is the layer's in its model."""
+    if adapter is None:
+        return AdaptedLinear(storage, bias, transposed=transposed)
+    if isinstance(adapter, Scale):
+        return ScaledLinear(storage, bias, adapter, transposed=transposed)
+    kind = DoraLinear if adapter.magnitude else LowRankLinear
+    return kind(storage, bias, adapter, name, keys, transposed=transposed)
+
+
+def frozen(x: Tensor, storage: Storage, bias: Tensor | None) -> Tensor:
+    """X (N, inputs) times a frozen weight, plus the bias: (N, outputs). Keeps nothing for the backward pass."""
+    y: Tensor = _Frozen.apply(x, storage, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def low_rank(
+    x: Tensor, storage: Storage, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, mask: DropoutMask | None
+) -> Tensor:
+    """The formulas at the top of this file, (N, inputs) -> (N, outputs)."""
+    y: Tensor = _LowRank.apply(x, storage, bias, a, b, scaling, mask)  # type: ignore[no-untyped-call]
+    return y
+
+
+def scaled(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+    """X (N, features) times fp32 factors (features,), plus the bias.
+
+    It is x + x (factors - 1), as factors are near 1, where 16 bits could not tell 1 from 1.003.
+    """
+    y: Tensor = _Scaled.apply(x, factors, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+        change = (factors - 1).to(x.dtype)
+        ctx.save_for_backward(x, change)
+        y = torch.addcmul(x, x, change)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, change = ctx.saved_tensors
+        dy = grads[0]
+        return torch.addcmul(dy, dy, change), (dy * x).sum(0, dtype=torch.float32), None
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, storage: Storage, bias: Tensor | None) -> Tensor:
+        ctx.storage = storage
+        return storage.product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.storage.product_backward(grads[0]), None, None
+
+
+class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
+        storage: Storage,
         bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
+        a: Tensor,
+        b: Tensor,
         scaling: float,
-        keep: _Keep | None,
+        mask: DropoutMask | None,
     ) -> Tensor:
-        y = _frozen_product(x, weight, scale, bias)
-        h = None
-        if a is not None and b is not None:
-            dropped = x if keep is None else keep.masked(x)
-            h = dropped @ a.to(x.dtype).t()
-            if keep is not None:
-                h.mul_(keep.scale)
-            y.addmm_(h, b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, scale, a, b, h)
-        ctx.scaling, ctx.keep = scaling, keep
+        y = storage.product(x, bias)
+        dropped = x if mask is None else mask.masked(x)
+        h = dropped @ a.to(x.dtype).t()
+        if mask is not None:
+            h.mul_(mask.scale)
+        y.addmm_(h, b.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, a, b, h)
+        ctx.storage, ctx.scaling, ctx.mask = storage, scaling, mask
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, a, b, h = ctx.saved_tensors
-        dy = grads[0]
-        dx = _frozen_product_backward(dy, weight, scale) if ctx.needs_input_grad[0] else None
-        da = db = None
-        if a is not None:
-            dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
-            db = (dy.t() @ h).float().mul_(ctx.scaling)
-            if ctx.keep is not None:
-                dh.mul_(ctx.keep.scale)
-            dropped = x if ctx.keep is None else ctx.keep.masked(x)
-            da = (dh.t() @ dropped).float()
-            if dx is not None and ctx.keep is None:
+        x, a, b, h = ctx.saved_tensors
+        dy, mask = grads[0], ctx.mask
+        dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
+        db = (dy.t() @ h).float().mul_(ctx.scaling)
+        if mask is not None:
+            dh.mul_(mask.scale)
+        dropped = x if mask is None else mask.masked(x)
+        da = (dh.t() @ dropped).float()
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.storage.product_backward(dy)
+            if mask is None:
                 dx.addmm_(dh, a.to(dy.dtype))
-            elif dx is not None:
-                dx.add_(ctx.keep.masked(dh @ a.to(dy.dtype)))
-        return dx, None, None, None, da, db, None, None
+            else:
+                dx.add_(mask.masked(dh @ a.to(dy.dtype)))
+        return dx, None, None, da, db, None, None
 
 
-def _frozen_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """X (N, inputs) times the frozen weight, plus the bias: a new (N, outputs)."""
-    if scale is None:
-        return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-    if x.dtype == torch.float16:
-        # 520 products of int8 codes overflow fp16 before the scale could help: dequantize first.
-        y = x @ _dequantized(weight, scale, x.dtype).t()
-    else:
-        y = (x @ weight.to(x.dtype).t()).mul_(scale)
-    return y if bias is None else y.add_(bias)
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: DropoutMask) -> Tensor:
+        ctx.mask = mask
+        return mask.masked(x).mul_(mask.scale)
 
-
-def _frozen_product_backward(dy: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Dy (N, outputs) times the frozen weight: a new (N, inputs)."""
-    if scale is None:
-        return dy @ weight
-    if dy.dtype == torch.float16:
-        return dy @ _dequantized(weight, scale, dy.dtype)
-    return (dy * scale).to(dy.dtype) @ weight.to(dy.dtype)
-
-
-def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes * scale[:, None]).to(dtype)
-
-
-def _mix(*values: int) -> int:
-    """Hash of whole numbers to 64 bits: splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), chained."""
-    state = 0
-    for value in values:
-        state = (state ^ (value & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
-        state ^= state >> 31
-    return state
-
-
-def _mix_tensor(values: Tensor) -> Tensor:
-    """splitmix64 of each int64; products wrap."""
-    state = values + _signed(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
-    return state ^ (state >> 31 & (1 << 33) - 1)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same bits."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.mask.masked(grads[0].contiguous()).mul_(ctx.mask.scale), None

@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import profiles, quantize
+from lowres_ft import attach, profiles, quantize
 from lowres_ft.bases import VOCABULARIES, Base
+from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
-from lowres_ft.linear import AdaptedLinear, DropoutKeys
+from lowres_ft.linear import FROZEN_HALVES
 from lowres_ft.methods.base import Method
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
@@ -39,6 +39,9 @@ class Adapted:
     adapted: tuple[str, ...]
     keys: DropoutKeys
     dtype: torch.dtype
+    parameters: int
+    """Of the whole model, adapters not counted."""
+    cleaners: tuple[str, ...]
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +59,8 @@ class Adapted:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a bundle holds: the adapters and the heads (with their buffers), by their names in the model."""
-        found = dict(self.trained())
+        found: dict[str, Tensor] = dict(self.trained())
+        found |= {name: b for name, b in self.model.named_buffers() if name.endswith(FROZEN_HALVES)}
         for head in self.heads:
             found |= {f"{head}.{name}": t for name, t in self.model.get_submodule(head).state_dict().items()}
         return {name: tensor.detach() for name, tensor in found.items()}
@@ -78,12 +82,18 @@ class Adapted:
 
 
 def load(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
+    recipe: Recipe,
+    base: Base,
+    profile: Profile,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    new: bool = True,
 ) -> Adapted:
     """Load a base with the head of the recipe's task, whose labels are known, and add what the method trains.
 
     Frozen weights are held in the plan's dtype or quantized; adapters and heads in fp32. New weights follow
-    from the seed.
+    from the seed; those of a model that is not `new` are to be restored from a bundle.
 
     Raises:
         ModelError: The base cannot be loaded or adapted as asked.
@@ -96,35 +106,39 @@ def load(
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
     if not recipe.method.trains_base:
-        chosen = _adapt(model, recipe, (*profile.outside, *heads), keys)
+        kept = (*profile.outside, *heads)
+        chosen = attach.attach(model, recipe.method, kept, keys, new=new)
+        if new:
+            originals = _originals(recipe, base, plan, kept) if recipe.method.corrects_quantization else {}
+            attach.begin(model, recipe.method, chosen, originals)
         _require_distinct(model, heads)
         for head in heads:
             module = model.get_submodule(head).float().requires_grad_(True)
             module.register_forward_pre_hook(_to_float32)
     model.train(recipe.model.dropout > 0)
-    adapted = Adapted(model, tokenizer, recipe.task, recipe.method, base, heads, chosen, keys, dtype)
+    known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
+    adapted = Adapted(model, tokenizer, *known)
     if recipe.task.generates:
         _require_causal(adapted)
     _require_padding_without_effect(adapted)
     return adapted
 
 
+def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weights (outputs, inputs) of the base's linear layers before they are quantized, in fp32."""
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
+    model, _ = _from_files(plain, base, plan, profiles.config(base, recipe.task), heads, torch.float32)
+    return {name: attach.weight(module) for name, module in profiles.linear_layers(model, heads)}
+
+
+def dequantize(adapted: Adapted) -> None:
+    """Hold the weights that the quantized base computes with as plain ones, in place."""
+    attach.dequantize(adapted.model, adapted.dtype)
+
+
 def merge(adapted: Adapted) -> None:
     """Fold each adapter into its weight, in place: afterwards the model is a plain one of transformers."""
-    for name in adapted.adapted:
-        layer = adapted.model.get_submodule(name)
-        assert isinstance(layer, AdaptedLinear)
-        weight = (layer.weight + layer.delta()).to(layer.weight.dtype)
-        plain: nn.Module
-        if layer.transposed:
-            plain = Conv1D(layer.out_features, layer.in_features)
-            weight = weight.t().contiguous()
-        else:
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if layer.bias is not None:
-            plain.bias = nn.Parameter(layer.bias, requires_grad=False)
-        adapted.model.set_submodule(name, plain)
+    attach.fold(adapted.model, adapted.dtype)
 
 
 def save_plain(adapted: Adapted, folder: Path) -> None:
@@ -140,9 +154,8 @@ def save_plain(adapted: Adapted, folder: Path) -> None:
 def load_plain(task: Task, folder: Path, device: str) -> PreTrainedModel:
     """Load what `save_plain` wrote in fp32, as any other program would."""
     with profiles.quiet():
-        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
+        auto = profiles.auto_class(task)
+        loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     loaded.to(device).eval()
     return loaded
 
@@ -199,7 +212,10 @@ def _load_model(
 def _from_files(
     recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the weights; return the model and the outermost modules that were newly made."""
+    """Load the weights; return the model and the outermost modules that were newly made.
+
+    They are quantized from the dtype of the files, so that their codes do not depend on what computes.
+    """
     options = quantize.loading_options(recipe.model.quantize, plan.device, keep)
     torch.manual_seed(recipe.train.seed)
     try:
@@ -207,7 +223,7 @@ def _from_files(
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
-                dtype=dtype,
+                dtype="auto" if options else dtype,
                 attn_implementation=plan.attention,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -217,8 +233,19 @@ def _from_files(
             )
     except (ValueError, OSError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first_line(error)}") from error
+    if options:
+        _cast(model, dtype)
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold what is not quantized in `dtype`, but for the modules that transformers keeps in fp32."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}  # noqa: SLF001
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _outermost(model: PreTrainedModel, missing: set[str], mismatched: set[str], base: Base) -> tuple[str, ...]:
@@ -310,37 +337,6 @@ def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
         for head in heads:
             if name.endswith(head) and not any(f"{name}.".startswith(f"{other}.") for other in heads):
                 raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
-
-
-def _adapt(model: PreTrainedModel, recipe: Recipe, keep: tuple[str, ...], keys: DropoutKeys) -> tuple[str, ...]:
-    """Replace the layers that are adapted or quantized; return the names of those adapted."""
-    modules = dict(profiles.linear_layers(model, keep))
-    linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
-    chosen = profiles.targets(recipe.method, linears)
-    adapter = recipe.method.low_rank()
-    for linear in linears:
-        module = modules[linear.name]
-        if linear.name not in chosen and quantize.codes(module) is None:
-            continue
-        replaced = _frozen(module)
-        if adapter is not None and linear.name in chosen:
-            replaced.adapt(linear.name, adapter, keys)
-        model.set_submodule(linear.name, replaced)
-    return chosen
-
-
-def _frozen(module: nn.Module) -> AdaptedLinear:
-    """An AdaptedLinear without adapter that computes what `module` does."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    transposed = issubclass(getattr(module, "source_cls", type(module)), Conv1D)  # bitsandbytes' layers name theirs
-    if (quantized := quantize.codes(module)) is not None:
-        layer = AdaptedLinear(quantized[0], bias, scale=quantized[1])
-    else:
-        layer = AdaptedLinear(weight.t().contiguous() if transposed else weight, bias)
-    layer.transposed = transposed
-    return layer
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

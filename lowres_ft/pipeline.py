@@ -23,6 +23,7 @@ from lowres_ft import (
     model,
     probes,
     profiles,
+    quantize,
     report,
     train,
 )
@@ -106,6 +107,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     chosen = profiles.targets(recipe.method, profile.linears)
     profiles.require_length(profile, recipe.task)
     recipe.task.prepare(model.load_tokenizer(base.folder))
+    quantize.require_widths(profile, recipe.model.quantize)
     return Rehearsal(
         rows=sizes,
         labels=rows.task.names,
@@ -174,6 +176,7 @@ def _prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, liste
     profile = profiles.profile(base, resolved.task)
     profiles.targets(resolved.method, profile.linears)
     profiles.require_length(profile, resolved.task)
+    quantize.require_widths(profile, resolved.model.quantize)
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))

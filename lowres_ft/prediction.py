@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import data, evaluate, readers
+from lowres_ft import clean, data, evaluate, readers
 from lowres_ft.batches import in_memory, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.data import Rows
@@ -33,13 +33,18 @@ class Predictor:
         task = self.adapted.task
         if task.generates:
             writer = Writer(self.adapted)
-            yield from (task.prediction(example, writer(example, self.heard)) for example in examples)
+            for example in examples:
+                yield task.prediction(example, writer(self._cleaned(example), self.heard))
             return
         iterator = iter(examples)
         while part := list(itertools.islice(iterator, _AT_ONCE)):
-            tokens = in_memory(task.encode(self.adapted.tokenizer, part))
+            tokens = in_memory(task.encode(self.adapted.tokenizer, [self._cleaned(example) for example in part]))
             outputs = evaluate.outputs(self.adapted, tokens, self.plan)
             yield from (task.prediction(example, output) for example, output in zip(part, outputs, strict=True))
+
+    def _cleaned(self, example: Any) -> Any:
+        """What the model reads of an example: cleaned as the rows were that it learned from."""
+        return clean.cleaned(self.adapted.task, example, self.adapted.cleaners)
 
     def texts(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Like a call, for bare texts.
@@ -87,7 +92,8 @@ def held_out(bundle: Bundle, work: Path, source: str | None) -> tuple[Rows, str]
     """
     task = bundle.recipe.task
     if source is not None:
-        rows, seen = data.store(source, task, bundle.recipe.data.columns, work / "rows.arrow")
+        spec = bundle.recipe.data
+        rows, seen = data.store(source, task, spec.columns, work / "rows.arrow", cleaners=spec.clean)
         task.check(seen)
         return rows, source
     found = data.load(bundle.recipe, work)

@@ -1,6 +1,5 @@
 """What is known of a base before a weight is read: its layers, its heads, and what a method would adapt."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lowres_ft.bases import Base
-from lowres_ft.errors import ModelError, first_line, nearest
+from lowres_ft.errors import ModelError, first_line
 from lowres_ft.methods.base import Method
 from lowres_ft.tasks.base import Task
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,42 +113,21 @@ def targets(method: Method, linears: tuple[Linear, ...]) -> tuple[str, ...]:
     """Names of the linear layers that a method adapts.
 
     Raises:
-        ModelError: A name matches no layer.
+        ModelError: The method's fields do not fit them.
     """
-    wanted = method.wanted()
-    names = [linear.name for linear in linears]
-    if wanted == "all-linear":
-        chosen = names
-    elif wanted == "attention":
-        chosen = [name for name in names if any(_ATTENTION.search(part) for part in name.split("."))]
-    else:
-        ends = {name.rpartition(".")[2] for name in names}
-        for target in wanted:
-            if not any(matches(name, target) for name in names):
-                known = ", ".join(sorted(ends))
-                raise ModelError(
-                    f"method.targets: no linear layer is called '{target}'{nearest(target, ends)}",
-                    hint=f"This base has {known}.",
-                )
-        chosen = [name for name in names if any(matches(name, target) for target in wanted)]
-    if wanted and not chosen:
-        raise ModelError(f"method.targets: this base has no linear layer for '{wanted}'")
-    return tuple(chosen)
+    return method.choose([linear.name for linear in linears])
 
 
 def trainable(method: Method, profile: Profile) -> int:
     """How many parameters a method trains."""
     if method.trains_base:
         return profile.parameters
-    chosen, adapter = set(targets(method, profile.linears)), method.low_rank()
-    rank = 0 if adapter is None else adapter.rank
-    layers = (linear for linear in profile.linears if linear.name in chosen)
-    return profile.head_parameters + sum(rank * (linear.inputs + linear.outputs) for linear in layers)
-
-
-def matches(name: str, target: str) -> bool:
-    """PEFT's rule: the whole name, or its last parts."""
-    return name == target or name.endswith(f".{target}")
+    count = profile.head_parameters
+    chosen = set(targets(method, profile.linears))
+    for linear in profile.linears:
+        adapter = method.adapter(linear.name) if linear.name in chosen else None
+        count += 0 if adapter is None else adapter.parameters(linear.inputs, linear.outputs)
+    return count
 
 
 def config(base: Base, task: Task) -> Any:

@@ -1,4 +1,4 @@
-"""int8 weights in bitsandbytes' format: row-wise absmax codes, quantized layer by layer as the file is read."""
+"""int8 and nf4 weights in bitsandbytes' formats, quantized layer by layer as the file is read."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from lowres_ft import libraries
 from lowres_ft.errors import ModelError
+from lowres_ft.profiles import Profile
+from lowres_ft.storage import NF4_BLOCK, Int8, Nf4, Storage
 
 
 def loading_options(quantize: str, device: str, keep: tuple[str, ...]) -> dict[str, Any]:
@@ -24,18 +26,53 @@ def loading_options(quantize: str, device: str, keep: tuple[str, ...]) -> dict[s
         ) from error
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep))
+    config = BitsAndBytesConfig(**config_fields(quantize), llm_int8_skip_modules=list(keep))
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def codes(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Codes (outputs, inputs) int8 and scale (outputs,) fp32 of a quantized layer; None for any other module.
+def config_fields(quantize: str) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig says of a format."""
+    return {"load_in_8bit": True} if quantize == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
-    bitsandbytes keeps the absolute maximum of each row; code 127 stands for it.
+
+def require_widths(profile: Profile, quantize: str) -> None:
+    """Refuse, before a weight is read, a base that a format cannot hold.
+
+    Raises:
+        ModelError: nf4's blocks do not divide the width of a layer.
     """
-    absmax = getattr(getattr(module, "weight", None), "SCB", None)
-    if absmax is None:
+    odd = [linear for linear in profile.linears if linear.inputs % NF4_BLOCK] if quantize == "nf4" else []
+    if odd:
+        more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
+        raise ModelError(
+            f"model.quantize=nf4 holds weights in blocks of {NF4_BLOCK}, "
+            f"which do not divide the {odd[0].inputs} inputs of {odd[0].name}{more}",
+            hint="Use model.quantize=int8 or none.",
+        )
+
+
+def storage(module: nn.Module) -> Storage | None:
+    """The weight of a quantized layer; None for any other module.
+
+    bitsandbytes keeps the absolute maximum of each int8 row, for which code 127 stands, and of each nf4 block. Taking
+    the weights over at once also keeps its nf4 layer from repacking them in `eval`, after which its backward pass skips
+    the base.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
         return None
-    weight = module.weight.data
-    assert isinstance(weight, Tensor)
-    return weight, absmax.float() / 127
+    if (absmax := getattr(weight, "SCB", None)) is not None:
+        return Int8(weight.data, absmax.float() / 127)
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return _nf4(weight.data, state)
+    return None
+
+
+def _nf4(packed: Tensor, state: Any) -> Nf4:
+    """A base that was quantized elsewhere may hold its absolute maxima quantized too, or another 4-bit format."""
+    if state.quant_type != "nf4" or state.blocksize != NF4_BLOCK:
+        raise ModelError(f"the base holds {state.quant_type} weights in blocks of {state.blocksize}, not nf4 of 64")
+    absmax = state.absmax
+    if state.nested:
+        absmax = libraries.bitsandbytes().functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    return Nf4(packed, absmax, state.shape)

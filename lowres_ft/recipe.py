@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
 from lowres_ft import registry, yaml12
+from lowres_ft.clean import known
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
 from lowres_ft.spec import Spec, problems, shown, unknown
@@ -27,8 +28,8 @@ class ModelSpec(Spec):
     """Where the base comes from: `starter:NAME`, a folder, or a Hub id."""
     revision: str | None = None
     """Commit, tag or branch of a Hub base."""
-    quantize: Literal["none", "int8"] = "none"
-    """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8 or blockwise 4-bit nf4."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype that computes. `auto` leaves it to the plan; a named one is part of the experiment."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -47,6 +48,9 @@ class DataSpec(Spec):
     """A share of train, or a source of its own; null for none."""
     columns: dict[str, ColumnName] = Field(default={})
     """Which column plays a role, where its name differs: `{text: review, label: stars}`."""
+    clean: tuple[Annotated[str, AfterValidator(known)], ...] = ()
+    """What is done to every text, in training and in use, in the order given: any of unicode, whitespace, strip_html,
+    lowercase, mask_urls and stopwords:LANG."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N rows of train after the seeded shuffle."""
     distinct: bool = False
@@ -196,6 +200,11 @@ def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[
         for key in ("early_stopping", "evaluate_every"):
             if getattr(parts["train"], key) is not None:
                 found[f"train.{key}"] = "needs rows to evaluate on, but data.validation is null"
+    if "task" in parts and "data" in parts and parts["task"].spans_refer_to_text and parts["data"].clean:
+        found["data.clean"] = (
+            f"names {', '.join(parts['data'].clean)}, which may move characters, but {parts['task'].kind} answers with "
+            "places in the text as given; use []"
+        )
     data = values.get("data")
     columns = data.get("columns") if isinstance(data, dict) else None
     if "task" in parts and isinstance(columns, dict):

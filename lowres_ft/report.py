@@ -70,6 +70,7 @@ def make(
         "plan": plan.model_dump(mode="json"),
         "measured": measured.to_json(),
         "trainable_parameters": trained,
+        "parameters": adapted.parameters,
         "scores": {split: found.to_json() for split, found in scores.items()},
         "baselines": {name: baseline.to_json() for name, baseline in baselines.items()},
         "notes": list(notes),

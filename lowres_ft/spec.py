@@ -37,7 +37,7 @@ _KIND = {
     "finite_number": "a finite number",
 }
 _LONGEST_SHOWN = 80  # characters of a value
-_UNION_TAGS = ("constrained-", "function-", "list[", "tuple[", "literal[")
+_UNION_TAGS = ("constrained-", "function-", "list[", "tuple[", "dict[", "literal[")
 
 
 def problems(error: ValidationError, known: Callable[[tuple[str, ...]], Iterable[str]]) -> dict[str, str]:
@@ -58,7 +58,9 @@ def problems(error: ValidationError, known: Callable[[tuple[str, ...]], Iterable
             sentence = unknown(path[-1], known(path[:-1]))
         if sentence not in wanted[dotted]:
             wanted[dotted].append(sentence)
-    return {path: _sentence(parts, found[path]) for path, parts in wanted.items()}
+    # Where an alternative of a union went deeper, the others, which are no mapping at all, were not meant.
+    deepest = [path for path in wanted if not any(other.startswith(f"{path}.") for other in wanted)]
+    return {path: _sentence(wanted[path], found[path]) for path in deepest}
 
 
 def _path(location: tuple[int | str, ...]) -> tuple[str, ...]:

@@ -81,6 +81,8 @@ def split(rows: Keys, task: Task, shares: Mapping[str, float], seed: int) -> dic
     for texts in texts_of.values():
         shuffled = random.permutation(texts)
         part_of[shuffled] = _deal(size[shuffled], list(shares.values()))
+    if not task.in_every_part:
+        _give_back(part_of, group, rows, task)
     order = random.permutation(len(group))
     named = enumerate(("train", *shares))
     found = {name: order[part_of[group][order] == part] for part, name in named}
@@ -90,6 +92,22 @@ def split(rows: Keys, task: Task, shares: Mapping[str, float], seed: int) -> dic
             hint=f"Add rows, or use a file for data.{empty[0]}, or null.",
         )
     return found
+
+
+def _give_back(part_of: np.ndarray, group: np.ndarray, rows: Keys, task: Task) -> None:
+    """Put the first row with a class that no row of train has into train, with its group.
+
+    Rows with several labels need it: a class that is never a row's rarest is not dealt out by itself.
+    """
+    class_of = {label: task.class_of(label) for label in {label for own in rows.labels for label in own}}
+    lacking = set(class_of.values())
+    for own, part in zip(rows.labels, part_of[group], strict=True):
+        if part == 0:
+            lacking.difference_update(class_of[label] for label in own)
+    for row, own in enumerate(rows.labels):
+        if not lacking.isdisjoint(class_of[label] for label in own):
+            part_of[group[row]] = 0
+            lacking.difference_update(class_of[label] for label in own)
 
 
 def _deal(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:

@@ -54,14 +54,7 @@ class TrainState:
         self.best_metric = -math.inf
         self.best_step = 0
         self.waited = 0
-        parameters = list(adapted.trained().values())
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": spec.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=_BETAS, fused=plan.fused_optimizer
-        )
+        self.optimizer = torch.optim.AdamW(_groups(adapted, spec), lr=0.0, betas=_BETAS, fused=plan.fused_optimizer)
 
     def record(self, metric: float) -> None:
         """Take note of an evaluation after the current step; keep the tensors if it is the best so far."""
@@ -100,6 +93,18 @@ class TrainState:
         self.best = None if state["best"] is None else dict(state["best"])
         for name, value in state["numbers"].items():
             setattr(self, name, value)
+
+
+def _groups(adapted: Adapted, spec: TrainSpec) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay, which is for matrices alone, and by their rate over the recipe's."""
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, parameter in adapted.trained().items():
+        vector = max(parameter.shape) == parameter.numel()
+        groups.setdefault((vector, adapted.method.rate(name)), []).append(parameter)
+    return [
+        {"params": groups[vector, rate], "weight_decay": 0.0 if vector else spec.weight_decay, "rate": rate}
+        for vector, rate in sorted(groups)
+    ]
 
 
 _NUMBERS = ("step", "loss_scale", "steps_at_scale", "best_metric", "best_step", "waited")
@@ -230,7 +235,7 @@ def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarra
     if not math.isfinite(norm):
         raise TrainingError(_not_finite("gradient", state.step, rate, tokens.where(positions)), hint=_NOT_FINITE_HINT)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate"]
     state.optimizer.step()
     return norm
 

@@ -1,6 +1,6 @@
 """Load bundles in a fresh process, with lowres-ft and with the lines of their model card, and print logits.
 
-Arguments: a JSON list of bundle folders, and a JSON list of texts.
+Arguments: a JSON list of bundle folders, and a JSON list of texts, or of pairs of them.
 """
 
 import json
@@ -10,6 +10,14 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+
+def examples(task, texts: list) -> list:
+    """Texts, or pairs of them, as examples of a task."""
+    return [
+        task.bare(text, "") if isinstance(text, str) else task.read(dict(zip(("text", "pair"), text, strict=True)), "")
+        for text in texts
+    ]
 
 
 def main() -> None:
@@ -29,13 +37,17 @@ def main() -> None:
         if bundle.recipe.task.generates:
             found[folder] = chat(folder, adapted, texts)
             continue
-        encoded = adapted.task.encode(adapted.tokenizer, [adapted.task.bare(text, "") for text in texts])
-        ours = logits(adapted, in_memory(encoded), plan)
+        ours = logits(adapted, in_memory(adapted.task.encode(adapted.tokenizer, examples(adapted.task, texts))), plan)
         names = card(folder)
-        inputs = names["tokenizer"](texts, padding=True, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
+        pairs = not isinstance(texts[0], str)
+        columns = [list(column) for column in zip(*texts, strict=True)] if pairs else [texts]
+        inputs = names["tokenizer"](*columns, padding=True, return_tensors="pt")
+        if not pairs or getattr(names["model"].config, "type_vocab_size", 0) < 2:
+            inputs.pop("token_type_ids", None)
         with torch.inference_mode():
             theirs = names["model"](**inputs).logits
+        if theirs.dim() == 3:  # of each token; ours have 0 where there is padding
+            theirs = theirs * inputs["attention_mask"][..., None]
         labels = names["model"].config.id2label
         found[folder] = {"ours": ours.tolist(), "theirs": theirs.tolist(), "labels": labels}
     print(json.dumps(found))
@@ -83,4 +95,5 @@ def chat(folder: str, adapted: Any, texts: list[str]) -> dict:
     }
 
 
-main()
+if __name__ == "__main__":
+    main()

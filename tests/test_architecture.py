@@ -13,9 +13,10 @@ FILES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACK
 MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
     "errors spec yaml12 files libraries events",
-    "registry tasks methods",
+    "registry tasks methods clean",
     "recipe assets gguf starters",
-    "device linear quantize model data batches plan bases readers formats profiles guess splits",
+    "device dropout storage factorize linear attach quantize model data batches plan bases readers formats profiles"
+    " guess splits",
     "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs",
     "cli __main__",

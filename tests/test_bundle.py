@@ -16,7 +16,7 @@ from transformers import pipeline
 from lowres_ft import device
 from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.errors import BundleError, DataError, ModelError, OutputError
-from lowres_ft.linear import AdaptedLinear
+from lowres_ft.linear import LowRankLinear
 from lowres_ft.merging import merge
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import Predictor, evaluate_bundle, examples
@@ -269,8 +269,8 @@ def test_a_merge_of_a_quantized_run_tells_how_far_it_lies_from_what_was_measured
 
 def test_a_merge_that_changes_answers_leaves_nothing(trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bundle = trained("bert", "train.steps=10")
-    honest = AdaptedLinear.delta
-    monkeypatch.setattr(AdaptedLinear, "delta", lambda layer: honest(layer) * 1.5)
+    honest = LowRankLinear.delta
+    monkeypatch.setattr(LowRankLinear, "delta", lambda layer: honest(layer) * 1.5)
     with pytest.raises(BundleError, match="the merged model differs from adapter and base"):
         merge(bundle, tmp_path / "merged", CPU)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("merged")]

@@ -1,5 +1,7 @@
 """Text classification: labels and classes, tokens and targets, the loss, predictions and baselines."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
-from lowres_ft.errors import DataError
+from lowres_ft import data, yaml12
+from lowres_ft.errors import DataError, RecipeError
+from lowres_ft.recipe import parse
 from lowres_ft.tasks.base import IGNORED, Batch, Seen
 from lowres_ft.tasks.classification import MOST_LABELS, Classification, Text
 from tests import tiny
+from tests.conftest import prepare, recipe
+from tests.test_train import gradients, randomize
 
 TASK = Classification(labels=("bad", "good"))
 TRAIN = [
@@ -219,6 +225,67 @@ def test_the_loss_is_a_sum_over_labelled_texts_in_single_precision():
     loss = TASK.loss(model, batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", ["none", {"bad": 3.0, "good": 0.5}, {"good": 2.0}])
+def test_the_mean_loss_is_torchs_with_its_weights_and_smoothing(weights: object, smoothing: float):
+    task = TASK.model_copy(update={"class_weights": weights, "label_smoothing": smoothing})
+    logits = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([[1], [0], [IGNORED], [0], [1], [0]])
+    batch = Batch(ids=torch.zeros(6, 3), mask=torch.ones(6, 3), targets=targets, rows=torch.arange(6))
+    given = None if weights == "none" else torch.tensor([weights.get(label, 1.0) for label in TASK.classes])  # type: ignore[attr-defined]
+    expected = cross_entropy(logits, targets[:, 0], weight=given, label_smoothing=smoothing)
+    loss = task.loss(lambda **_: SimpleNamespace(logits=logits), batch)  # type: ignore[arg-type, misc]
+    torch.testing.assert_close(loss / task.counted(targets.numpy().reshape(-1)), expected)
+
+
+def test_every_cut_gives_the_same_gradient_with_weights_and_smoothing(
+    bases: Callable[..., Path], reviews: Path, tmp_path: Path
+):
+    changes = ("task.class_weights={bad: 5.0}", "task.label_smoothing=0.1", "train.batch_size=32")
+    prepared = prepare(recipe(bases(), reviews, *changes), tmp_path)
+    randomize(prepared)
+    whole, parts = gradients(prepared, 10_000), gradients(prepared, 30)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, parts[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_balanced_weights_make_the_classes_count_alike_and_are_written_out(tmp_path: Path):
+    rows = [f"film {number},{'good' if number % 4 else 'bad'}\n" for number in range(80)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(rows))
+    found = data.load(recipe(Path("no-base"), tmp_path / "rows.csv", "task.class_weights=balanced"), tmp_path)
+    assert isinstance(found.task, Classification)
+    assert found.task.class_weights == pytest.approx({"bad": 64 / (2 * 16), "good": 64 / (2 * 48)})
+    targets = np.array([found.task.class_of(label) for [label] in found.train.labels])
+    assert found.task.counted(targets) == pytest.approx(64)
+    assert found.task.counted(targets[targets == 0]) == pytest.approx(32)
+    again = parse(yaml12.loads(recipe(Path("b"), tmp_path).model_copy(update={"task": found.task}).to_yaml(), where=""))
+    assert again.task == found.task
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.class_weights={god: 2.0}", "task.class_weights: holds 'god', which is no label (did you mean 'good'?)"),
+        ("task.class_weights={good: 0}", "task.class_weights.good: must be greater than 0"),
+        ("task.class_weights={good: heavy}", "task.class_weights.good: must be a number, found 'heavy'"),
+        (
+            "task.class_weights=balance",
+            "must be 'none' or 'balanced' or a mapping, found 'balance'",
+        ),
+        ("task.label_smoothing=1", "task.label_smoothing: must be less than 1"),
+    ],
+)
+def test_weights_and_smoothing_that_are_none_are_told(override: str, message: str):
+    with pytest.raises(RecipeError) as error:
+        recipe(Path("no-base"), Path("rows.csv"), override)
+    assert message in error.value.message
+
+
+def test_weights_of_labels_that_the_rows_do_not_have_are_told():
+    with pytest.raises(DataError, match=r"task.class_weights holds 'god', which is no label \(did you mean 'good'\?\)"):
+        Classification(class_weights={"god": 2.0}).resolve(seen("bad", "good"))
 
 
 def test_a_prediction_is_the_likeliest_label_with_all_probabilities():

@@ -18,6 +18,7 @@ def default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "required"
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -236,8 +236,11 @@ def test_an_unknown_key_below_any_value_is_told(path):
         ("method.rslora=1", "method.rslora: must be true or false, found 1"),
         ("method.rslora=yes", "method.rslora: must be true or false, found 'yes'"),
         ("method.targets=[]", "method.targets: must be 'all-linear' or 'attention' or non-empty, found []"),
-        ("method.kind=lroa", "method.kind: must be one of full, head, lora, found 'lroa' (did you mean 'lora'?)"),
-        ("method.kind=", "method.kind: must be one of full, head, lora, found null"),
+        (
+            "method.kind=lroa",
+            "method.kind: must be one of dora, full, head, ia3, lora, found 'lroa' (did you mean 'lora'?)",
+        ),
+        ("method.kind=", "method.kind: must be one of dora, full, head, ia3, lora, found null"),
         ("task.kind=[a]", 'task.kind: must be one of classification, found ["a"]'),
         ("task.labels=positive", "task.labels: must be a list, found 'positive'"),
         ("task.labels=[positive]", 'task.labels: must name at least two classes, found ["positive"]'),
@@ -245,7 +248,7 @@ def test_an_unknown_key_below_any_value_is_told(path):
         ("task.max_length=64k", "task.max_length: must be a whole number, found '64k'"),
         ("model.base=", "model.base: must be text, found null"),
         ("model.base=''", "model.base: must be non-empty, found ''"),
-        ("model.quantize=int4", "model.quantize: must be 'none' or 'int8', found 'int4'"),
+        ("model.quantize=int4", "model.quantize: must be 'none', 'int8' or 'nf4', found 'int4'"),
         ("data.validation=1", "data.validation: must be less than 1 or text, found 1"),
         ("data.validation=true", "data.validation: must be a number or text, found true"),
         ("data.columns=review", "data.columns: must be a mapping, found 'review'"),
@@ -256,8 +259,8 @@ def test_an_unknown_key_below_any_value_is_told(path):
         ("data=reviews.csv", "data: must be a mapping, found 'reviews.csv'"),
         ("data=[1]", "data: must be a mapping, found [1]"),
         ("train=", "train: must be a mapping, found null"),
-        ("method=lora", "method: must be a mapping with a kind (full, head, lora), found 'lora'"),
-        ("method=", "method.kind: is missing; it is one of full, head, lora"),
+        ("method=lora", "method: must be a mapping with a kind (dora, full, head, ia3, lora), found 'lora'"),
+        ("method=", "method.kind: is missing; it is one of dora, full, head, ia3, lora"),
         ("name=3", "name: must be text, found 3"),
         ("summary=[]", "summary: must be text, found []"),
         (
@@ -298,7 +301,7 @@ def test_an_empty_recipe_tells_what_is_needed(tmp_path):
     assert found == {
         "name": "is missing",
         "task.kind": "is missing; it is one of classification",
-        "method.kind": "is missing; it is one of full, head, lora",
+        "method.kind": "is missing; it is one of dora, full, head, ia3, lora",
         "model.base": "is missing",
         "data.train": "is missing",
     }

@@ -13,7 +13,7 @@ from lowres_ft.spec import Spec
 from lowres_ft.tasks.base import Task
 
 BASES = {"tasks": Task, "methods": Method}
-COUNTS = {"tasks": 1, "methods": 3}
+COUNTS = {"tasks": 3, "methods": 5}
 PLUGINS = [
     (folder, path.stem)
     for folder in BASES
@@ -51,9 +51,11 @@ def test_a_plugin_needs_nothing_and_explains_itself(folder, name):
 @pytest.mark.parametrize("name", [name for folder, name in PLUGINS if folder == "methods"])
 def test_a_method_answers_what_the_model_asks(name):
     method = registry.load("methods", name)()
-    low_rank = method.low_rank()
-    assert bool(method.wanted()) == (low_rank is not None)
-    assert not (method.trains_base and low_rank)
+    layers = ("layer.key", "layer.value", "layer.output.dense")
+    chosen = method.choose(layers)
+    assert set(chosen) <= set(layers)
+    assert all(method.adapter(layer) is not None for layer in chosen)
+    assert not (method.trains_base and chosen)
     assert method.conflict("none") is None
     assert bool(method.conflict("int8")) == method.trains_base
 
@@ -82,6 +84,6 @@ def test_every_plugin_was_seen():
 
 @pytest.mark.parametrize("name", ["lroa", "base", "__init__", "", None, 3, ["lora"], "lora.x"])
 def test_an_unknown_name_is_told_with_those_that_are_known(name):
-    with pytest.raises(RecipeError, match="must be one of full, head, lora, found") as caught:
+    with pytest.raises(RecipeError, match="must be one of dora, full, head, ia3, lora, found") as caught:
         registry.load("methods", name)
     assert ("did you mean 'lora'" in caught.value.message) == (name in ("lroa", "lora.x", ["lora"]))

@@ -25,6 +25,7 @@ from lowres_ft.tasks.classification import Classification
 from lowres_ft.train import train
 from tests import tiny
 from tests.conftest import prepare, recipe
+from tests.fresh import examples
 
 Bases = Callable[..., Path]
 TEXTS = ["the film was good", "dull and long but not bad", "a great plot", "awful"]
@@ -39,32 +40,38 @@ def expected_heads(architecture: str) -> list[str]:
     return HEADS.get(architecture, ["score"] if architecture in tiny.DECODERS else ["classifier"])
 
 
-def in_fresh_process(folders: list[Path]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.fresh", json.dumps([str(f) for f in folders]), json.dumps(TEXTS)]
+def in_fresh_process(folders: list[Path], texts: list[Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.fresh", json.dumps([str(f) for f in folders]), json.dumps(texts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def trained_logits(wanted: Recipe, work: Path) -> np.ndarray:
+def trained_logits(wanted: Recipe, work: Path, texts: list[Any]) -> np.ndarray:
     """Logits of the model as it stands after training, before anything is written."""
     prepared = prepare(wanted, work)
     for _ in train(prepared.start(), prepared.tokens["train"], prepared.plan, prepared.machine):
         pass
     adapted = prepared.adapted
-    encoded = adapted.task.encode(adapted.tokenizer, [adapted.task.bare(text, "") for text in TEXTS])
+    encoded = adapted.task.encode(adapted.tokenizer, examples(adapted.task, texts))
     return logits(adapted, in_memory(encoded), prepared.plan)
 
 
-def compare(wanted: dict[str, Recipe], folder: Path, tolerance: float = 1e-5) -> dict[str, Path]:
+def compare(
+    wanted: dict[str, Recipe],
+    folder: Path,
+    tolerance: float = 1e-5,
+    texts: list[Any] = TEXTS,
+    labels: tuple[str, ...] = ("bad", "good"),
+) -> dict[str, Path]:
     """Run recipes, and compare the trained models with what a fresh process loads."""
     bundles = {name: run(found, folder / name, device_name="cpu").folder for name, found in wanted.items()}
-    seen = in_fresh_process(list(bundles.values()))
+    seen = in_fresh_process(list(bundles.values()), texts)
     for name, place in bundles.items():
-        logits = trained_logits(wanted[name], folder / f"{name}.work")
+        logits = trained_logits(wanted[name], folder / f"{name}.work", texts)
         np.testing.assert_array_equal(np.float32(seen[str(place)]["ours"]), logits, err_msg=name)
         np.testing.assert_allclose(seen[str(place)]["theirs"], logits, atol=tolerance, rtol=0, err_msg=name)
-        assert seen[str(place)]["labels"] == {"0": "bad", "1": "good"}
+        assert seen[str(place)]["labels"] == {str(index): label for index, label in enumerate(labels)}
     return bundles
 
 

@@ -89,13 +89,13 @@ def finish(prepared: Prepared, state: TrainState, most: int = 1000) -> dict[str,
     return {name: tensor.clone() for name, tensor in prepared.adapted.tensors().items()}
 
 
-@pytest.mark.parametrize("method", ["lora", "head", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "head", "full"])
 @pytest.mark.parametrize("stop", [3, 7])
 def test_a_run_begun_again_from_its_state_goes_on_to_the_same_bytes(
     bases: Bases, reviews: Path, tmp_path: Path, stop: int, method: str
 ):
     changes = [f"method.kind={method}", "train.steps=10", "train.learning_rate=0.001"]
-    changes += ["method.dropout=0.2"] if method == "lora" else []
+    changes += ["method.dropout=0.2"] if method in ("lora", "dora") else []
     prepared = prepare(recipe(bases(), reviews, *changes), tmp_path)
     state = prepared.start()
     begin = state.state_dict()

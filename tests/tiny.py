@@ -52,7 +52,11 @@ MORE: dict[str, dict[str, Any]] = {
 DECODERS = ("gpt2", "llama", "qwen3", "gemma", "gemma3_text", "falcon", "opt")
 
 
-def tokenizer(*, decoder: bool = False) -> PreTrainedTokenizerFast:
+SEGMENTED = ("bert", "electra", "deberta-v2")
+"""Architectures whose tokenizers tell which of two texts a token is of."""
+
+
+def tokenizer(*, decoder: bool = False, segmented: bool = True) -> PreTrainedTokenizerFast:
     """One token a word. An encoder's adds [CLS] and [SEP] and pads; a decoder's has an end-of-text token alone."""
     special = ["<unk>", "<eos>"] if decoder else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
@@ -72,12 +76,13 @@ def tokenizer(*, decoder: bool = False) -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", *["token_type_ids"] * segmented, "attention_mask"],
     )
 
 
 def base(folder: Path, architecture: str = "bert", *, seed: int = 0, **changes: Any) -> Path:
     """Write a base of an architecture, as from a hub: an encoder or decoder without a task's head."""
-    words = tokenizer(decoder=architecture in DECODERS)
+    words = tokenizer(decoder=architecture in DECODERS, segmented=architecture in SEGMENTED)
     fields = (ARCHITECTURES | MORE)[architecture] | {"vocab_size": len(words)} | changes
     fields["pad_token_id"] = words.pad_token_id
     if architecture in DECODERS:

@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -12,6 +12,7 @@ import typer
 
 from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
 from lowres_ft.errors import DataError
+from lowres_ft.tasks.base import printable
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle
@@ -86,7 +87,8 @@ def predict(
             found = predictor(prediction.examples(opened, str(file)))
         else:
             found = predictor.texts(typed())
-        for line in ("" for _ in found) if streams else _lines(found, as_json):
+        for one in found:
+            line = json.dumps(one, ensure_ascii=False) if as_json else "" if streams else opened.recipe.task.line(one)
             sink.write(line + "\n")
             sink.flush()
 
@@ -116,20 +118,6 @@ def typed() -> Iterator[str]:
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not {error.encoding}: {error.reason}", hint="Send UTF-8 text.") from error
-
-
-def _lines(predictions: Iterable[dict[str, Any]], as_json: bool) -> Iterator[str]:
-    for found in predictions:
-        if as_json:
-            yield json.dumps(found, ensure_ascii=False)
-        else:
-            label = found["label"]
-            yield f"{printable(label)}\t{found['scores'][label]:.3f}\t{printable(found['text'])}"
-
-
-def printable(text: str) -> str:
-    """Keep one prediction on one line, and the cursor where it is."""
-    return "".join(mark if mark.isprintable() else " " for mark in text)
 
 
 @contextmanager

@@ -44,7 +44,11 @@ def recipe(
         print(summary.rehearsal_json(rehearsal) if as_json else summary.rehearsal(loaded, rehearsal))
         return
     report = json.loads((bundle.folder / "report.json").read_text(encoding="utf-8"))
-    print(json.dumps({"bundle": str(bundle.folder), **report}) if as_json else summary.run(bundle.folder, report))
+    print(
+        json.dumps({"bundle": str(bundle.folder), **report})
+        if as_json
+        else summary.run(bundle.folder, report, bundle.recipe.task.trial)
+    )
 
 
 def list_(as_json: Json = False) -> None:

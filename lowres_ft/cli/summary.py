@@ -12,22 +12,28 @@ if TYPE_CHECKING:
 
 _SAMPLES = 3  # sample answers that are printed
 _WIDTH = 100  # characters of one
-_NAMES = {"majority": "majority class", "tfidf": "TF-IDF + logistic regression", "base": "untouched base"}
+_FIGURES = {"value", "low", "high", "count"}
+_NAMES = {
+    "majority": "majority class",
+    "tfidf": "TF-IDF + logistic regression",
+    "gazetteer": "entities of train by heart",
+    "base": "untouched base",
+}
 
 
-def run(folder: Path, report: dict[str, Any]) -> str:
-    """Scores beside the baselines, what it took, and what to do next."""
+def run(folder: Path, report: dict[str, Any], trial: str) -> str:
+    """Scores beside the baselines, what it took, and what to do next, such as a `trial` prediction."""
     lines = [_scores(split, scores) for split, scores in report["scores"].items()]
     for name, scores in report["baselines"].items():
         gain = scores["gain"]
         lines.append(f"  {_NAMES.get(name, name):<28} {_value(scores, _first(scores))}; ours is {_compared(gain)}")
     lines += _contrast(report)
-    measured, share = report["measured"], report["trainable_parameters"]
+    measured, trained = report["measured"], report["trainable_parameters"]
     lines += [
-        f"trained {share:,} parameters in {measured['train_seconds']:.1f} s, "
+        f"trained {trained:,} parameters ({trained / report['parameters']:.1%}) in {measured['train_seconds']:.1f} s, "
         f"{measured['tokens_per_second']:,.0f} tokens/s; peak memory {measured['peak_bytes'] / 1e9:.2f} GB",
         f"bundle {folder}: {report['adapter_bytes'] / 1e6:.1f} MB of weights, best step {measured['best_step']}",
-        f'try it: lowres-ft predict {folder} "your text"',
+        f"try it: lowres-ft predict {folder} {trial}",
     ]
     return "\n".join(lines)
 
@@ -73,21 +79,18 @@ def rehearsal_json(found: "Rehearsal") -> str:
 
 
 def scores_table(scores: dict[str, Any]) -> str:
-    """Every metric with its interval, then each class."""
-    rows = [f"{name:<16} {_interval(value)}" for name, value in scores.items() if _is_metric(value)]
-    classes = scores.get("classes", {})
-    for label, found in classes.items():
-        figures = "  ".join(f"{name} {found[name]:.3f}" for name in ("precision", "recall", "f1"))
-        rows.append(f"  {label:<14} {figures}  rows {found['support']}")
+    """Every metric with its interval, then each class or type of entities."""
+    rows = [f"{name:<16} {_interval(scores[name])}" for name in _metrics(scores)]
+    for part, counted in (("classes", "rows"), ("types", "entities")):
+        for label, found in scores.get(part, {}).items():
+            shown = (name for name in ("precision", "recall", "f1", "threshold") if name in found)
+            figures = "  ".join(f"{name} {found[name]:.3f}" for name in shown)
+            rows.append(f"  {label:<14} {figures}  {counted} {found['support']}")
     return "\n".join(rows)
 
 
-def _is_metric(value: object) -> bool:
-    return isinstance(value, dict) and "low" in value
-
-
 def _scores(split: str, scores: dict[str, Any]) -> str:
-    first, *others = [name for name, value in scores.items() if _is_metric(value)]
+    first, *others = _metrics(scores)
     second = f"   {_value(scores, others[0])}" if others else ""
     return f"{split} ({scores[first]['count']:,} rows): {_value(scores, first)}{second}"
 
@@ -99,6 +102,11 @@ def _compared(gain: dict[str, Any]) -> str:
     if gain["high"] < 0:
         return f"WORSE by {-gain['value']:.3f} [{-gain['high']:.3f}, {-gain['low']:.3f}]"
     return f"not clearly different: {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+
+
+def _metrics(scores: dict[str, Any]) -> list[str]:
+    """Names of the metrics; what else there is by name, such as a class called 'low', has no interval."""
+    return [name for name, value in scores.items() if isinstance(value, dict) and value.keys() >= _FIGURES]
 
 
 def _first(scores: dict[str, Any]) -> str:

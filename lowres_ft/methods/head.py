@@ -1,5 +1,6 @@
 """Train nothing but the head: the cheapest baseline, and a check of what the base already knows."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowres_ft import libraries
@@ -16,6 +17,6 @@ class Head(Method):
 
     kind: Literal["head"] = "head"
 
-    def peft_config(self, **border: Any) -> "PeftConfig":
+    def peft_config(self, layers: Sequence[str], **border: Any) -> "PeftConfig":
         config: PeftConfig = libraries.peft().LoraConfig(inference_mode=True, **(border | {"target_modules": _NONE}))
         return config

@@ -4,13 +4,15 @@ A row gives one or more token sequences (a long text: several windows). A sequen
 one for each token; those that are not `IGNORED` are its items. An item is what the loss counts and what is scored.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
+from lowres_ft.errors import DataError
 from lowres_ft.spec import Spec
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Form:
     wanted: tuple[str, ...] = ()
     """What is to be predicted; absent where texts without labels are read."""
     optional: tuple[str, ...] = ()
+    hint: str = ""
+    """What else may be meant where a column is missing."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -52,6 +56,8 @@ class Encoded:
 
     ids: list[int]
     targets: list[int]
+    segments: list[int] | None = None
+    """Which of two texts each token is of (0, 1); None where there is but one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,8 @@ class Batch:
     """(B, D) class indices, `IGNORED` where nothing is supervised; D is T where each token has a target."""
     rows: "Tensor"
     """(B,) positions of the sequences in their split; they key the adapter's dropout."""
+    segments: "Tensor | None" = None
+    """(B, T) which of two texts each token is of, for models that are told."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +152,21 @@ class Task(Spec):
     """True where the modules outside the base are made anew, trained and saved; False where the base brings them."""
     generates: ClassVar[bool] = False
     """True where the answer is a text that the model writes."""
-    in_every_part: ClassVar[bool] = True
-    """True where a label with too few rows to stand in every split is an error."""
     higher_is_better: ClassVar[bool] = True
     """Whether a greater `metric` is a better one."""
     metric_noise: ClassVar[float] = 0.0
     """How much `metric` may move by rounding alone; 0 where it counts answers."""
+    spans_refer_to_text: ClassVar[bool] = False
+    """True where an answer holds places in the text as given, so that nothing may move its characters."""
     base_is_baseline: ClassVar[bool] = False
     """True where the untouched base can do the task, so that its scores before training are a baseline."""
     baseline_rows: ClassVar[int] = 100_000
     """Training rows that the baselines see at the most."""
+
+    @property
+    def in_every_part(self) -> bool:
+        """True where a label with too few rows to stand in every split is an error."""
+        return True
 
     @property
     def metric(self) -> str:
@@ -169,6 +182,16 @@ class Task(Spec):
     def names(self) -> tuple[str, ...]:
         """Names of the model's outputs by index, once they are known; none for a model that writes."""
         return ()
+
+    @property
+    def trial(self) -> str:
+        """What follows `lowres-ft predict BUNDLE` to try it."""
+        return '"your text"'
+
+    @property
+    def advice(self) -> str:
+        """What other programs that load the model must know; empty where there is nothing."""
+        return ""
 
     def model_config_fields(self) -> dict[str, Any]:
         """What the model's config must say about this task, such as its labels."""
@@ -198,6 +221,14 @@ class Task(Spec):
         """
         return self.question({"text": text}, where)
 
+    def cleaned(self, example: Any, clean: Callable[[str], str]) -> Any:
+        """The example with its texts cleaned.
+
+        Raises:
+            DataError: A text is empty afterwards, or the task's texts must stay as they are.
+        """
+        raise DataError(f"{example.where}: a text of {self.kind} cannot be cleaned", hint="Leave out data.clean.")
+
     def keys(self, example: Any) -> Collection[str]:
         """Texts by which rows are the same: two that share one stay on one side of a split."""
         return (example.text,)
@@ -206,12 +237,20 @@ class Task(Spec):
         """The labels of an example: they are counted, and splits are stratified by the rarest."""
         return ()
 
+    def notes(self, examples: Iterable[Any]) -> Iterator[str]:
+        """Sentences about how the rows of a source were read, where it is worth telling."""
+        return iter(())
+
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         """Return the task with its labels known, given the labels that stand in the training rows.
 
         Raises:
             DataError: The labels are not what the recipe says, or no task can be made of them.
         """
+        return self
+
+    def weigh(self, labels: Sequence[Collection[str]]) -> Self:
+        """The task with what follows from the labels of each row that is trained on, such as their weights."""
         return self
 
     def check(self, seen: Mapping[str, Seen]) -> None:
@@ -290,6 +329,15 @@ class Task(Spec):
     def prediction(self, example: Any, output: Any) -> dict[str, Any]:
         """One line of `lowres-ft predict --json`, from an example and its items' outputs (or the answer written)."""
         raise NotImplementedError
+
+    def line(self, found: Mapping[str, Any]) -> str:
+        """A prediction as one line of plain text, its columns separated by tabs."""
+        return json.dumps(found, ensure_ascii=False)
+
+
+def printable(text: str) -> str:
+    """A text that stays in its column of a line, and leaves the cursor where it is."""
+    return "".join(mark if mark.isprintable() else " " for mark in text)
 
 
 PLUGIN = Task

@@ -1,12 +1,13 @@
 """Chat: answers to messages, learned from conversations."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from lowres_ft.clean import require_left
 from lowres_ft.errors import DataError, ModelError
 from lowres_ft.tasks import _messages, _templates
 from lowres_ft.tasks._messages import Message
@@ -80,6 +81,13 @@ class Chat(Task):
         if not messages or messages[-1]["role"] != "user":
             raise DataError(f"{where}: no message is a user's, so there is nothing to answer")
         return Conversation(where, messages)
+
+    def cleaned(self, example: Conversation, clean: Callable[[str], str]) -> Conversation:
+        messages = [
+            {**message, "content": require_left(clean(message["content"]), f"{example.where}: message {number}")}
+            for number, message in enumerate(example.messages, start=1)
+        ]
+        return Conversation(example.where, messages)
 
     def keys(self, example: Conversation) -> Collection[str]:
         """Each question that is answered and each answer, in small letters and with single spaces."""

@@ -1,50 +1,59 @@
-"""Text classification: one label for a text."""
+"""Text classification: labels for a text or a pair of texts, one or any number of them."""
 
 import itertools
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from lowres_ft.errors import DataError, nearest
-from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Form, Ragged, Seen, Task
+from lowres_ft.clean import require_left
+from lowres_ft.errors import DataError, ModelError, nearest
+from lowres_ft.tasks import _labels
+from lowres_ft.tasks._labels import MOST_LABELS, Label, listed, quoted
+from lowres_ft.tasks._multi import HALF, Multi
+from lowres_ft.tasks._single import Single
+from lowres_ft.tasks.base import Batch, Encoded, Example, Form, Ragged, Seen, Task, printable
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MOST_LABELS = 1000
-
-_UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
-_WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
-"""A word, a character of a script without spaces, or a sign: so that no text is without words."""
-
-
-def _as_text(value: object) -> object:
-    """A label written as a number or a truth value is the text of it."""
-    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
-
-
-Label = Annotated[str, BeforeValidator(_as_text)]
+Weight = Annotated[float, Field(gt=0)]
+Threshold = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Text(Example):
-    """A text and its label; None where it is to be predicted."""
+    """A text and its label or labels; None where they are to be predicted."""
 
     text: str
     label: str | None = None
+    pair: str | None = None
+    labels: list[str] | None = None
 
 
 class Classification(Task):
-    """One of several labels for each text."""
+    """One of several labels for each text or pair of texts, or any number of them."""
 
     kind: Literal["classification"] = "classification"
     labels: tuple[Label, ...] | None = None
     """Names of the classes in order; null finds them in the training rows."""
+    pairs: bool = False
+    """True for two texts a row, `text` and `pair`: whether one follows from the other, or says the same."""
+    multi_label: bool = False
+    """True where a text has any number of labels: a list, a text with separators, or a 0/1 column for each."""
+    separator: str = Field(default=";", min_length=1)
+    """What stands between the labels of a text, where a column holds them as one text."""
+    thresholds: dict[str, Threshold] | None = None
+    """Probability from which a label is given; those not named here are chosen on validation after training."""
+    class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
+    """How much a row of each class counts in the loss: `balanced` makes all classes count alike; or `{label: 2.0}`."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over the classes."""
 
     example: ClassVar[type[Example]] = Text
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -62,13 +71,40 @@ class Classification(Task):
             raise ValueError("must not name a class twice")
         return labels
 
+    @field_validator("separator", "thresholds")
+    @classmethod
+    def _for_many(cls, value: Any, info: ValidationInfo) -> Any:
+        if value not in (";", None) and not info.data.get("multi_label", True):
+            raise ValueError("is for task.multi_label=true")
+        return value
+
+    @field_validator("thresholds", "class_weights")
+    @classmethod
+    def _of_labels(cls, value: Any, info: ValidationInfo) -> Any:
+        labels = info.data.get("labels")
+        if labels and (sentence := _stranger(value, labels)):
+            raise ValueError(sentence)
+        return value
+
+    @property
+    def in_every_part(self) -> bool:
+        return not self.multi_label
+
     @property
     def metric(self) -> str:
-        return "accuracy"
+        return Multi.metric if self.multi_label else Single.metric
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        return (Form(given=("text",), wanted=("label",)),)
+        given = ("text", "pair") if self.pairs else ("text",)
+        hint = "Where each label has a column of its own, list the labels in task.labels." if self.multi_label else ""
+        one_column = Form(given=given, wanted=("label",), hint=hint)
+        return (one_column, Form(given=given, wanted=self.classes)) if self._by_column else (one_column,)
+
+    @property
+    def _by_column(self) -> bool:
+        """Whether each label may have a column: they are known, and none is called like a column of another role."""
+        return self.multi_label and self.labels is not None and not {"text", "pair", "label"} & set(self.labels)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,72 +116,118 @@ class Classification(Task):
         assert self.labels is not None, "labels are not resolved yet"
         return self.labels
 
+    @property
+    def _answers(self) -> Single | Multi:
+        """What is done with the classes."""
+        weights = None
+        if isinstance(self.class_weights, dict):
+            weights = tuple(self.class_weights.get(label, 1.0) for label in self.classes)
+        if not self.multi_label:
+            return Single(self.classes, weights, self.label_smoothing)
+        thresholds = tuple((self.thresholds or {}).get(label, HALF) for label in self.classes)
+        return Multi(self.classes, weights, self.label_smoothing, thresholds)
+
+    @property
+    def trial(self) -> str:
+        return "--file pairs.csv" if self.pairs else super().trial
+
+    @property
+    def advice(self) -> str:
+        pairs = "Both texts are tokenized together: `tokenizer(text, pair)`. " * self.pairs
+        given = json.dumps(self.thresholds, ensure_ascii=False) if self.thresholds else ""
+        return (pairs + f"A label is given from these probabilities on: {given}" * bool(given)).strip()
+
     def model_config_fields(self) -> dict[str, Any]:
         return {
             "num_labels": len(self.classes),
             "id2label": dict(enumerate(self.classes)),
             "label2id": {label: index for index, label in enumerate(self.classes)},
-            "problem_type": "single_label_classification",
+            "problem_type": self._answers.problem_type,
         }
 
     def read(self, row: Mapping[str, Any], where: str) -> Text:
-        text, label = row["text"], row.get("label")
-        if text is None or (isinstance(text, str) and not text.strip()):
-            raise DataError(f"{where}: the text is empty")
-        if not isinstance(text, str):
-            raise DataError(f"{where}: the text is {_quoted(text)}, which is not text")
-        if "label" not in row:
-            return Text(where, text)
-        if label is None or label != label or (isinstance(label, str) and not label.strip()):
-            raise DataError(f"{where}: the label is empty")
-        if not isinstance(label, str | int | float):
-            raise DataError(f"{where}: the label is {_quoted(label)}, which is neither a word nor a number")
-        return Text(where, text, str(_as_text(label)))
+        text = _text(row, "text", where)
+        pair = _text(row, "pair", where) if self.pairs else None
+        if "label" in row:
+            if self.multi_label:
+                return Text(where, text, pair=pair, labels=_labels.several(row["label"], self.separator, where))
+            return Text(where, text, _labels.one(row["label"], where), pair)
+        if self._by_column and self.classes[0] in row:
+            return Text(where, text, pair=pair, labels=_labels.by_column(row, self.classes, where))
+        return Text(where, text, pair=pair)
+
+    def bare(self, text: str, where: str) -> Text:
+        if self.pairs:
+            raise DataError(
+                f"{where} is a text alone, but this model compares two",
+                hint="Give a file with both: --file F, a CSV, TSV, JSONL or Parquet file with a column for each.",
+            )
+        return self.read({"text": text}, where)
+
+    def cleaned(self, example: Text, clean: Callable[[str], str]) -> Text:
+        text = require_left(clean(example.text), f"{example.where}: the text")
+        pair = None if example.pair is None else require_left(clean(example.pair), f"{example.where}: the pair")
+        return replace(example, text=text, pair=pair)
+
+    def keys(self, example: Text) -> Collection[str]:
+        if example.pair is None:
+            return (example.text,)
+        return (f"{len(example.text)} {example.text}{example.pair}",)  # no two pairs give one text
 
     def labels_in(self, example: Text) -> Collection[str]:
-        return () if example.label is None else (example.label,)
+        return example.labels or () if example.label is None else (example.label,)
 
     def resolve(self, seen: Mapping[str, Seen]) -> Self:
         if len(seen) > MOST_LABELS:
             raise DataError(
-                f"more than {MOST_LABELS:,} different labels, such as {_quoted(next(iter(seen)))}",
+                f"more than {MOST_LABELS:,} different labels, such as {quoted(next(iter(seen)))}",
                 hint="Is this the label column? Map it with data.columns.label=NAME.",
             )
-        task = self if self.labels else self.model_copy(update={"labels": _found(seen)})
+        if self.multi_label and self.labels is None:
+            _labels.require_separated(seen, self.separator)
+        task = self if self.labels else self.model_copy(update={"labels": _labels.found(seen)})
         task.check(seen)
         present = {task.class_of(label) for label in seen}
         if len(present) < 2:
-            only = next(iter(seen.values()))
-            raise DataError(
-                f"every row has the label {_quoted(next(iter(seen)))} (first {only.where}); "
-                "a classifier needs two classes",
-                hint="Add rows of another class.",
-            )
+            raise self._too_few(seen)
         if missing := [label for index, label in enumerate(task.classes) if index not in present]:
             raise DataError(
                 f"task.labels names {', '.join(map(repr, missing))}, which no training row has",
-                hint=f"Found are {_listed(seen)}. Correct task.labels, or leave it out to find them.",
+                hint=f"Found are {listed(seen)}. Correct task.labels, or leave it out to find them.",
             )
+        for field in ("thresholds", "class_weights"):
+            if sentence := _stranger(getattr(task, field), task.classes):
+                raise DataError(f"task.{field} {sentence}", hint=f"Found are {listed(task.classes)}.")
         return task
 
-    def check(self, seen: Mapping[str, Seen]) -> None:
-        """Raise a DataError that lists the labels that are none of the task's, with file and line."""
-        unknown = [(label, at) for label, at in seen.items() if not self._known(label)]
-        if not unknown:
-            return
-        lines = [
-            f"{at.where}: unknown label {_quoted(label)}{nearest(label, self.classes)}, "
-            f"{at.count} row{'s' * (at.count > 1)}"
-            for label, at in unknown[:10]
-        ]
-        more = f"\n  and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        numbers = any(_is_number(label) for label, _ in unknown) and not any(map(_is_number, self.classes))
-        raise DataError(
-            "\n  ".join(lines) + more,
-            hint=f"task.labels names {_listed(self.classes)}"
-            + (f", for which the numbers 0 to {len(self.classes) - 1} may stand, in this order" * numbers)
-            + ". Correct the rows, list the labels there, or use task.labels=null to find them.",
+    def _too_few(self, seen: Mapping[str, Seen]) -> DataError:
+        if not seen:
+            return DataError("no row has a label", hint="Is this the label column? data.columns.label=NAME maps it.")
+        label, at = next(iter(seen.items()))
+        which = "the only label is" if self.multi_label else "every row has the label"
+        return DataError(
+            f"{which} {quoted(label)} (first {at.where}); a classifier needs two classes",
+            hint="Add rows of another class.",
         )
+
+    def weigh(self, labels: Sequence[Collection[str]]) -> Self:
+        """N / (C n) of a class with n of the N rows; for any number of labels, rows without one / rows with it."""
+        if self.class_weights != "balanced":
+            return self
+        count = Counter(index for row in labels for index in {self.class_of(label) for label in row})
+        rows = len(labels)
+        weights = {
+            # A label that every row has weighs 1: at a weight of 0 it would not be learned.
+            label: (rows - count[index] or rows) / count[index]
+            if self.multi_label
+            else rows / (len(self.classes) * count[index])
+            for index, label in enumerate(self.classes)
+        }
+        return self.model_copy(update={"class_weights": weights})
+
+    def check(self, seen: Mapping[str, Seen]) -> None:
+        if unknown := {label: at for label, at in seen.items() if not self._known(label)}:
+            raise _labels.told_unknown(unknown, self.classes)
 
     def _known(self, label: str) -> bool:
         try:
@@ -155,154 +237,112 @@ class Classification(Task):
         return True
 
     def class_of(self, label: str) -> int:
-        """Exact names first; whole numbers from 0 are indices only where no name is a number."""
-        if label in self.classes:
-            return self.classes.index(label)
-        if any(_is_number(name) for name in self.classes):
-            raise KeyError(label)
-        if label.isascii() and label.isdigit() and len(label) < 10 and str(int(label)) == label:
-            index = int(label)
-            if index < len(self.classes):
-                return index
-        raise KeyError(label)
+        return _labels.class_of(label, self.classes)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Text]) -> list[list[Encoded]]:
-        texts = [example.text for example in examples]
-        ids = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        empty = [tokenizer.pad_token_id]
+        if self.pairs:
+            _require_pairs(tokenizer)
+        second = [example.pair for example in examples] if self.pairs else None
+        found = tokenizer([example.text for example in examples], second, truncation=True, max_length=self.max_length)
+        segments = found.get("token_type_ids") if self.pairs else None
         return [
-            [Encoded(list(tokens) or empty, [0 if example.label is None else self.class_of(example.label)])]
-            for tokens, example in zip(ids, examples, strict=True)
+            [
+                Encoded(
+                    list(ids) or [tokenizer.pad_token_id],
+                    self._targets(example),
+                    None if segments is None else list(segments[row]) or [0],
+                )
+            ]
+            for row, (ids, example) in enumerate(zip(found["input_ids"], examples, strict=True))
         ]
 
-    def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        from torch.nn.functional import cross_entropy
+    def _targets(self, example: Text) -> list[int]:
+        return self._answers.targets({self.class_of(label) for label in self.labels_in(example)})
 
-        return cross_entropy(self.logits(model, batch), batch.targets[:, 0], ignore_index=IGNORED, reduction="sum")
+    def counted(self, targets: "np.ndarray") -> float:
+        return self._answers.counted(targets)
+
+    def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
+        return self._answers.loss(self.logits(model, batch), batch.targets)
 
     def outputs(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        return self.logits(model, batch)[:, None]
+        return self._answers.outputs(self.logits(model, batch))
 
     def logits(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        segments = {}
+        if batch.segments is not None and getattr(model.config, "type_vocab_size", 0) > 1:
+            segments["token_type_ids"] = batch.segments
+        logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, **segments).logits
         return logits.float()
 
-    def evidence(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
-        """(R, 3): the true class, the predicted one, and the log-probability of the true one."""
-        import numpy as np
+    def choice(self, logits: "np.ndarray") -> "np.ndarray":
+        return self._answers.choice(logits)
 
-        targets, scores = truth.values, outputs.values
-        log_probability = _log_softmax(scores)[np.arange(len(targets)), targets]
-        return np.stack([targets, scores.argmax(1), log_probability], axis=1)
+    def evidence(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        return self._answers.evidence(truth, outputs)
 
     def metrics(self, evidence: "np.ndarray") -> dict[str, float]:
-        """Macro averages are over all labels; a ratio without cases is 0, as in scikit-learn."""
-        confusion = self._confusion(evidence)
-        precision, recall, f1, support = _by_class(confusion)
-        return {
-            "accuracy": float(confusion.trace() / len(evidence)),
-            "f1_macro": float(f1.mean()),
-            "precision_macro": float(precision.mean()),
-            "recall_macro": float(recall.mean()),
-            "f1_weighted": float((f1 * support).sum() / support.sum()),
-            "log_loss": float(-evidence[:, 2].mean()),
-        }
+        return self._answers.metrics(evidence)
 
     def details(self, evidence: "np.ndarray") -> dict[str, Any]:
-        confusion = self._confusion(evidence)
-        columns = dict(zip(("precision", "recall", "f1", "support"), _by_class(confusion), strict=True))
-        classes = {
-            label: {name: column[index].item() for name, column in columns.items()}
-            for index, label in enumerate(self.classes)
-        }
-        return {"classes": classes, "confusion": confusion.tolist()}
+        return self._answers.details(evidence)
 
-    def _confusion(self, evidence: "np.ndarray") -> "np.ndarray":
-        """(C, C) counts: a row for each true class, a column for each predicted one."""
-        import numpy as np
-
-        size = len(self.classes)
-        cells = (evidence[:, 0] * size + evidence[:, 1]).astype(np.int64)
-        return np.bincount(cells, minlength=size * size).reshape(size, size)
+    def tune(self, truth: Ragged, outputs: Ragged) -> Self:
+        answers = self._answers
+        if isinstance(answers, Single):
+            return self
+        return self.model_copy(update={"thresholds": answers.tuned(truth, outputs) | (self.thresholds or {})})
 
     def baselines(self, train: Iterable[Text], test: Iterable[Text], seed: int) -> dict[str, Ragged]:
-        """Log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
+        """Outputs that follow from the labels' shares, and those of TF-IDF with logistic regression."""
         import numpy as np
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
 
-        rows = list(itertools.islice(train, self.baseline_rows))
-        targets = np.array([self.class_of(row.label or "") for row in rows])
-        texts = [row.text for row in test]
-        # One count is added to each class, so that a class that none of these rows has keeps a finite log loss.
-        shares = (np.bincount(targets, minlength=len(self.classes)) + 1) / (len(rows) + len(self.classes))
-        words = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD)
-        tfidf = make_pipeline(words, LogisticRegression(C=4.0, max_iter=1000, random_state=seed))
-        tfidf.fit([row.text for row in rows], targets)
-        outputs = np.full((len(texts), len(self.classes)), np.log(1e-9))
-        outputs[:, tfidf[-1].classes_] = np.log(np.maximum(tfidf.predict_proba(texts), 1e-9))
-        found = {"majority": np.tile(np.log(shares), (len(texts), 1)), "tfidf": outputs}
-        return {name: Ragged(values, np.arange(len(texts) + 1)) for name, values in found.items()}
+        rows, texts = list(itertools.islice(train, self.baseline_rows)), list(test)
+        found = self._answers.baselines(rows, np.array([self._targets(row) for row in rows]), texts, seed)
+        return {
+            name: Ragged(values, np.arange(len(texts) + 1) * (len(values) // len(texts)))
+            for name, values in found.items()
+        }
 
     def prediction(self, example: Text, output: "np.ndarray") -> dict[str, Any]:
-        import numpy as np
+        pair = {} if example.pair is None else {"pair": example.pair}
+        return {"text": example.text} | pair | self._answers.answer(output)
 
-        scores = np.exp(_log_softmax(output)[0])
-        by_label = {label: float(score) for label, score in zip(self.classes, scores, strict=True)}
-        return {"text": example.text, "label": self.classes[int(output.argmax())], "scores": by_label}
-
-
-def _is_number(label: str) -> bool:
-    try:
-        return math.isfinite(float(label))
-    except ValueError:
-        return False
+    def line(self, found: Mapping[str, Any]) -> str:
+        given = found["labels"] if self.multi_label else [found["label"]]
+        scores = ", ".join(f"{found['scores'][label]:.3f}" for label in given)
+        texts = [found[role] for role in ("text", "pair") if role in found]
+        return "\t".join(map(printable, [", ".join(given), scores, *texts]))
 
 
-def _found(seen: Mapping[str, Seen]) -> tuple[str, ...]:
-    """The labels of the rows: by value where all are numbers, else by alphabet.
+def _text(row: Mapping[str, Any], role: str, where: str) -> str:
+    text = row[role]
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise DataError(f"{where}: the {role} is empty")
+    if not isinstance(text, str):
+        raise DataError(f"{where}: the {role} is {quoted(text)}, which is not text")
+    return text
+
+
+def _stranger(named: object, labels: Collection[str]) -> str:
+    """What is wrong with a mapping that names something else than labels; empty where nothing is."""
+    if not isinstance(named, dict):
+        return ""
+    return next(
+        (f"holds {label!r}, which is no label{nearest(label, labels)}" for label in named if label not in labels), ""
+    )
+
+
+def _require_pairs(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that puts nothing between two texts, as those of most language models do.
 
     Raises:
-        DataError: Two differ only in spaces, capitals or the form of a number, and so are hardly two classes.
+        ModelError: It does.
     """
-    spelled: dict[str | float, str] = {}
-    for label, at in seen.items():
-        other = spelled.setdefault(float(label) if _is_number(label) else label.strip().casefold(), label)
-        if other != label:
-            raise DataError(
-                f"{at.where}: the label {_quoted(label)} differs from {_quoted(other)} ({seen[other].where}) only in "
-                "how it is written",
-                hint="Write them alike; or list both in task.labels, if they are two classes.",
-            )
-    if all(_is_number(label) for label in seen):
-        return tuple(sorted(seen, key=lambda label: (float(label), label)))
-    return tuple(sorted(seen))
-
-
-def _quoted(value: object, most: int = 60) -> str:
-    """A value as it is told: a label column that is not one may hold whole pages."""
-    shown = repr(value)
-    return shown if len(shown) <= most else f"{shown[:most]}..."
-
-
-def _listed(labels: Collection[str], most: int = 10) -> str:
-    words = [_quoted(label) for label in itertools.islice(labels, most)]
-    return ", ".join(words) + (f" and {len(labels) - most} more" if len(labels) > most else "")
-
-
-def _by_class(confusion: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]":
-    """Precision, recall, F1 and support of each class, (C,) each."""
-    import numpy as np
-
-    hits, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    precision = hits / np.maximum(predicted, 1)
-    recall = hits / np.maximum(support, 1)
-    return precision, recall, 2 * hits / np.maximum(support + predicted, 1), support
-
-
-def _log_softmax(outputs: "np.ndarray") -> "np.ndarray":
-    import numpy as np
-
-    shifted = outputs.astype(np.float64) - outputs.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+    special = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (True, False)]
+    if special[0] <= special[1]:
+        raise ModelError(
+            "this base's tokenizer puts nothing between the two texts of a pair, so they would run into one",
+            hint="Use an encoder such as BERT's or RoBERTa's kin; or join both texts in one column yourself, with a "
+            "sign between them, and leave out task.pairs.",
+        )

@@ -1,0 +1,88 @@
+"""Adapters put into a loaded model, in the place of its linear layers."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lowres_ft import linear, profiles, quantize
+from lowres_ft.dropout import DropoutKeys
+from lowres_ft.linear import AdaptedLinear, LowRankLinear
+from lowres_ft.methods.base import Adapter, LowRank, Method
+from lowres_ft.storage import Plain, Storage
+
+
+def attach(
+    model: PreTrainedModel, method: Method, heads: tuple[str, ...], keys: DropoutKeys, *, new: bool
+) -> tuple[str, ...]:
+    """Replace the layers that are adapted or quantized; return the names of those adapted.
+
+    An adapter that is not `new` takes the form in which a bundle holds it.
+    """
+    modules = dict(profiles.linear_layers(model, heads))
+    linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
+    chosen = profiles.targets(method, linears)
+    for name, module in modules.items():
+        held = quantize.storage(module)
+        adapter = method.adapter(name) if name in chosen else None
+        if adapter is not None and not new:
+            adapter = adapter.saved()
+        if held is not None or adapter is not None:
+            model.set_submodule(name, _replaced(module, held, name, adapter, keys))
+    return chosen
+
+
+def _replaced(
+    module: nn.Module, held: Storage | None, name: str, adapter: Adapter | None, keys: DropoutKeys
+) -> AdaptedLinear:
+    """A layer with an adapter that computes what `module` does, whose weight is `held` where it is quantized."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    transposed = issubclass(getattr(module, "source_cls", type(module)), Conv1D)  # bitsandbytes' layers name theirs
+    return linear.make(held or Plain(weight(module)), bias, adapter, name, keys, transposed=transposed)
+
+
+def weight(module: nn.Module) -> Tensor:
+    """The weight (outputs, inputs) of a plain linear layer."""
+    held = module.weight
+    assert isinstance(held, Tensor)
+    return held.t().contiguous() if isinstance(module, Conv1D) else held
+
+
+def begin(model: PreTrainedModel, method: Method, chosen: tuple[str, ...], originals: Mapping[str, Tensor]) -> None:
+    """Let new adapters begin where their method says; `originals` are the weights before they were quantized."""
+    for name in chosen:
+        layer, adapter = model.get_submodule(name), method.adapter(name)
+        if not isinstance(layer, LowRankLinear) or not isinstance(adapter, LowRank) or adapter.init == "default":
+            continue
+        held = layer.storage.dequantized()
+        if adapter.init == "pissa":
+            layer.begin_with(held)
+            layer.take_back()
+        else:
+            layer.begin_with(originals[name].to(held) - held)
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold each quantized weight as the plain one that it computes with."""
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.storage = Plain(layer.storage.dequantized(dtype))
+
+
+def fold(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make each layer that was replaced a plain one."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)]:
+        folded, bias = layer.merged()
+        plain: nn.Module
+        if layer.transposed:
+            plain = Conv1D(layer.out_features, layer.in_features)
+            folded = folded.t().contiguous()
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(folded.to(dtype), requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias, requires_grad=False)
+        model.set_submodule(name, plain)
