@@ -50,11 +50,7 @@ def test_a_shipped_name_wins_over_a_file_that_is_called_so(tmp_path, monkeypatch
     ("name", "message", "hint"),
     [
         ("sentiment_lora", "no recipe 'sentiment_lora' (did you mean 'sentiment-lora'?)", "./sentiment_lora.yaml"),
-        (
-            "zzz",
-            "no recipe 'zzz'",
-            "Shipped are chat-lora-int8, entities-lora, sentiment-full, sentiment-lora, sentiment-lora-int8, topics-lora-int8;",
-        ),
+        ("zzz", "no recipe 'zzz'", f"Shipped are {', '.join(shipped())};"),
         ("mine.yaml", "no recipe file mine.yaml", "lowres-ft list"),
         ("there/mine", "no recipe file there/mine", "lowres-ft list"),
         (".", ". is a folder, not a recipe", "lowres-ft list"),
