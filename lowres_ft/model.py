@@ -241,7 +241,9 @@ def _from_files(
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Hold what is not quantized in `dtype`, but for the modules that transformers keeps in fp32."""
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}  # noqa: SLF001
+    kept = set(model._keep_in_fp32_modules_strict or ())  # noqa: SLF001
+    if dtype == torch.float16:
+        kept.update(model._keep_in_fp32_modules or ())  # noqa: SLF001
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not kept.intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
