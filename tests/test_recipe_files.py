@@ -53,7 +53,8 @@ def test_a_shipped_name_wins_over_a_file_that_is_called_so(tmp_path, monkeypatch
         (
             "zzz",
             "no recipe 'zzz'",
-            "Shipped are chat-lora-int8, entities-lora, sentiment-full, sentiment-lora, sentiment-lora-int8, topics-lora-int8;",
+            "Shipped are chat-lora-int8, entities-lora, sentiment-full, sentiment-lora, sentiment-lora-int8, "
+            "topics-lora-int8;",
         ),
         ("mine.yaml", "no recipe file mine.yaml", "lowres-ft list"),
         ("there/mine", "no recipe file there/mine", "lowres-ft list"),
