@@ -144,12 +144,12 @@ def test_types_are_found_by_alphabet_or_keep_their_order():
     ("task", "labels", "message"),
     [
         (Ner(), (), "no training row has an entity"),
-        (Ner(), ("Per", "per"), r"^rows.conll:2: the type 'per' differs from 'Per' \(rows.conll:1\) only in"),
+        (Ner(), ("Per", "per"), r"^rows.conll:2: the label 'per' differs from 'Per' \(rows.conll:1\) only in"),
         (Ner(), tuple(f"type {n}" for n in range(201)), "more than 200 types of entities, such as 'type 0'"),
         (
             TASK,
             ("LOC", "PRE"),
-            r"^rows.conll:2: entities of the unknown type 'PRE' \(did you mean 'PER'\?\), in 2 rows$",
+            r"^rows.conll:2: unknown label 'PRE' \(did you mean 'PER'\?\), 2 rows$",
         ),
         (TASK, ("LOC",), "^task.labels names 'PER', which no training row has"),
     ],
@@ -162,9 +162,9 @@ def test_types_that_make_no_task_are_told(task: Ner, labels: tuple[str, ...], me
 def test_many_unknown_types_of_held_out_rows_are_cut_in_messages():
     with pytest.raises(DataError) as error:
         TASK.check(seen(*(f"T{n}" for n in range(14))))
-    assert error.value.message.count("unknown type") == 10
+    assert error.value.message.count("unknown label") == 10
     assert error.value.message.endswith("\n  and 4 more")
-    assert "what train lacks cannot be learned" in error.value.hint
+    assert "task.labels names 'LOC', 'PER'" in error.value.hint
 
 
 @pytest.mark.parametrize(

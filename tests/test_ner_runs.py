@@ -1,6 +1,7 @@
 """Runs of entity recognition on tiny bases: learned, scored, saved, loaded elsewhere, merged and asked."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lowres_ft import data, device, evaluate
 from lowres_ft.batches import tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.cli import summary
+from lowres_ft.cli.main import main
 from lowres_ft.errors import DataError
 from lowres_ft.evaluate import Value
 from lowres_ft.merging import merge
@@ -148,6 +150,29 @@ def test_a_bundle_answers_with_spans_of_the_text(learned: Bundle):
             assert 0 < entity["score"] <= 1
 
 
+def test_the_commands_know_entities(
+    learned: Bundle, conll: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def lowres(*arguments: object) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["lowres-ft", *map(str, arguments), "-q"])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        return capsys.readouterr().out.splitlines()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert lowres("predict", learned.folder, "a great\tplot was dull short and")[0].startswith(
+            "a great plot was dull short and\tgreat [PER 0."
+        )
+        found = [json.loads(line) for line in lowres("predict", learned.folder, "--file", conll, "--json")]
+        assert [one["text"] for one in found] == [" ".join(words) for words, _ in sentences()]
+        table = lowres("evaluate", learned.folder)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert [line.split()[0] for line in table] == ["f1", "precision", "recall", "LOC", "PER"]
+
+
 def test_a_bundle_verifies_and_merges(learned: Bundle, tmp_path: Path):
     verified = learned.verify(CPU)
     assert verified.exact
@@ -179,7 +204,7 @@ def test_int8_round_trips_and_merges(bases: Bases, conll: Path, tmp_path: Path):
 def test_an_entity_type_that_only_test_has_is_told_with_its_place(bases: Bases, conll: Path, tmp_path: Path):
     test = tmp_path / "test.conll"
     test.write_text("the O\nfilm O\n\na O\nplot B-ORG\n")
-    with pytest.raises(DataError, match=rf"^{test}:4: entities of the unknown type 'ORG', in 1 row$"):
+    with pytest.raises(DataError, match=rf"^{test}:4: unknown label 'ORG', 1 row$"):
         run(recipe(bases("bert"), conll, f"data.test={test}"), tmp_path / "bundle", device_name="cpu")
 
 
