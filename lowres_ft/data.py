@@ -149,11 +149,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     taken = split(Keys(rows.keys(), rows.labels), task, shares, recipe.train.seed)
     held |= {name: rows.take(taken[name]) for name in shares}
     train = rows.take(taken["train"][: spec.limit])
-    if lost := _classes(task, rows) - _classes(task, train):
-        raise DataError(
-            f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row",
-            hint="Raise it, or leave it out.",
-        )
+    _require_classes(task, rows, train, spec)
     task = task.weigh(train.labels)
     data = Data(task, train, held.get("validation"), held.get("test"))
     whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
@@ -169,6 +165,19 @@ def _once(rows: Rows, spec: DataSpec, name: str, notes: list[str]) -> Rows:
     if repeats := len(rows) - len(first):
         notes.append(f"{repeats:,} of {len(rows):,} rows of {name} repeat an earlier one and are left out")
     return rows.take(np.sort(first))
+
+
+def _require_classes(task: Task, rows: Rows, train: Rows, spec: DataSpec) -> None:
+    """Raise a DataError where a label stands in the rows, but in none that is trained on."""
+    lost = _classes(task, rows) - _classes(task, train)
+    if lost and spec.limit is not None:
+        hint = "Raise it, or leave it out."
+        raise DataError(f"data.limit={spec.limit} leaves {len(lost)} of the classes without a row", hint=hint)
+    if lost:  # where a task lets labels be rarer than there are splits
+        raise DataError(
+            f"the split leaves {len(lost)} of the classes without a row to train on",
+            hint="Hold out less (data.validation, data.test), or take another train.seed.",
+        )
 
 
 def _classes(task: Task, rows: Rows) -> set[int]:
@@ -258,7 +267,7 @@ def by_role(
         DataError: A value cannot be written as UTF-8.
     """
     lacks = {form: _lacking(form, row, columns, labelled=labelled) for form in forms}
-    nearly = min(forms, key=lambda form: len(lacks[form]) / len(form.roles))
+    nearly = min(forms, key=lambda form: len(lacks[form]) / len((*form.given, *(form.wanted if labelled else ()))))
     if lacks[nearly]:
         raise _missing(nearly, lacks[nearly], row, where, forms, columns)
     form = next(form for form in forms if not lacks[form])

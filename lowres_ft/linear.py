@@ -153,12 +153,12 @@ class DoraLinear(LowRankLinear):
 
     def product(self, x: Tensor, shape: torch.Size) -> Tensor:
         mask = self.mask(shape)
-        gain = self.lora_magnitude_vector / self.norms(x.dtype)  # fp32, as 16 bits cannot tell 1 from 1.003
+        gain = self.lora_magnitude_vector / self.norms(x.dtype)
         dropped = x if mask is None else _Dropped.apply(x, mask)  # type: ignore[no-untyped-call]
-        y = low_rank(dropped, self.storage, None, self.lora_A, self.lora_B, self.scaling, None) * gain
-        if mask is not None:  # PEFT drops inputs of (g - 1) W as well as of A, but not of W
-            y = y + frozen(x - dropped, self.storage, None)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        y = low_rank(dropped, self.storage, None, self.lora_A, self.lora_B, self.scaling, None)
+        y = scaled(y, gain, self.bias)
+        # PEFT drops inputs of (g - 1) W as well as of A, but not of W.
+        return y if mask is None else y + frozen(x - dropped, self.storage, None)
 
     @torch.no_grad()
     def norms(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -187,8 +187,8 @@ class ScaledLinear(AdaptedLinear):
     def product(self, x: Tensor, shape: torch.Size) -> Tensor:
         factors = self.ia3_l.flatten()
         if self.of == "inputs":
-            return frozen((x * factors).to(x.dtype), self.storage, self.bias)
-        return (frozen(x, self.storage, self.bias) * factors).to(x.dtype)
+            return frozen(scaled(x, factors, None), self.storage, self.bias)
+        return scaled(frozen(x, self.storage, self.bias), factors, None)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         factors = self.ia3_l.detach()
@@ -222,6 +222,30 @@ def low_rank(
     """The formulas at the top of this file, (N, inputs) -> (N, outputs)."""
     y: Tensor = _LowRank.apply(x, storage, bias, a, b, scaling, mask)  # type: ignore[no-untyped-call]
     return y
+
+
+def scaled(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+    """X (N, features) times fp32 factors (features,), plus the bias.
+
+    It is x + x (factors - 1), as factors are near 1, where 16 bits could not tell 1 from 1.003.
+    """
+    y: Tensor = _Scaled.apply(x, factors, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+        change = (factors - 1).to(x.dtype)
+        ctx.save_for_backward(x, change)
+        y = torch.addcmul(x, x, change)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, change = ctx.saved_tensors
+        dy = grads[0]
+        return torch.addcmul(dy, dy, change), (dy * x).sum(0, dtype=torch.float32), None
 
 
 class _Frozen(torch.autograd.Function):

@@ -241,7 +241,9 @@ def _from_files(
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Hold what is not quantized in `dtype`, but for the modules that transformers keeps in fp32."""
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}  # noqa: SLF001
+    kept = set(model._keep_in_fp32_modules_strict or ())  # noqa: SLF001
+    if dtype == torch.float16:
+        kept.update(model._keep_in_fp32_modules or ())  # noqa: SLF001
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not kept.intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
@@ -305,15 +307,13 @@ def _require_causal(adapted: Adapted) -> None:
     Raises:
         ModelError: It has no output layer, or a later word changes what it expects at an earlier one.
     """
-    model = adapted.model
-    ids = torch.arange(8, device=adapted.device)[None] + len(adapted.tokenizer) // 2
-    was_training = model.training
-    model.eval()
+    ids = torch.arange(8, device=adapted.device).repeat(3, 1) + len(adapted.tokenizer) // 2  # (3, 8)
+    ids[1, 4:] += 4
+    ids[2, 0] += 4
     with torch.inference_mode(), adapted.computing():
-        # (2, 4, V): the same four words, alone and before four others
-        alone, before = (model(input_ids=part, use_cache=False).logits[0, :4].float() for part in (ids[:, :4], ids))
-    model.train(was_training)
-    if model.get_output_embeddings() is None or (alone - before).norm() > 0.05 * alone.norm():
+        logits = adapted.model(input_ids=ids, use_cache=False).logits[:, :4].float()
+    later, earlier = ((logits[0] - logits[changed]).norm() for changed in (1, 2))
+    if adapted.model.get_output_embeddings() is None or later > 0.05 * earlier + 1e-6:
         kind = adapted.base.config().get("model_type")
         raise ModelError(
             f"{adapted.base.source} (model_type {kind!r}) does not write from left to right, so it cannot chat",

@@ -56,6 +56,8 @@ def profile(base: Base, task: Task) -> Profile:
         ModelError: transformers has no model of that kind for the task.
     """
     settings = config(base, task)
+    if task.generates:
+        _require_writer(base, settings)
     with torch.device("meta"), quiet():
         model = _built(task, settings, base)
     outside = outside_names(model)
@@ -75,6 +77,16 @@ def profile(base: Base, task: Task) -> Profile:
         positions=_positions(model),
         fused_attention=bool(model._supports_sdpa),  # noqa: SLF001 (there is no public name for it)
     )
+
+
+def _require_writer(base: Base, settings: Any) -> None:
+    """Refuse an encoder: its language model sees the words that it is to write."""
+    encoders = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if settings.model_type in encoders and not getattr(settings, "is_decoder", False):
+        raise ModelError(
+            f"{base.source} (model_type {settings.model_type!r}) fills gaps in a text and does not write one",
+            hint="Chat needs a language model that was trained to chat, such as starter:smollm2-135m.",
+        )
 
 
 def _built(task: Task, settings: Any, base: Base) -> PreTrainedModel:

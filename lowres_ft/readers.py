@@ -104,7 +104,7 @@ def parse_hub(source: str) -> dict[str, str | None]:
 
 
 def _hub(source: str) -> Iterator[Row]:
-    """Rows of a Hub data set; labels stored as numbers with names become their names."""
+    """Rows of a Hub data set; labels stored as numbers with names, also in lists, become their names."""
     import datasets
 
     parts = parse_hub(source)
@@ -116,9 +116,17 @@ def _hub(source: str) -> Iterator[Row]:
             hint="Check the name, the network and HF_HUB_OFFLINE; hub:ID@revision/config:split is the whole form.",
         ) from error
     names: Mapping[str, Any] = {
-        column: feature for column, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)
+        column: inner
+        for column, feature in found.features.items()
+        if isinstance(inner := getattr(feature, "feature", feature), datasets.ClassLabel)
     }
     for number, row in enumerate(found, start=1):
         for column, feature in names.items():
-            row[column] = feature.int2str(row[column]) if row[column] is not None and row[column] >= 0 else None
+            value = row[column]
+            row[column] = [_named(feature, one) for one in value] if isinstance(value, list) else _named(feature, value)
         yield f"{source}:row {number}", row
+
+
+def _named(feature: Any, value: int | None) -> str | None:
+    """The name of a label; None for one that is not given."""
+    return feature.int2str(value) if value is not None and value >= 0 else None

@@ -190,12 +190,10 @@ def _disagreements(values: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[
         conflict = parts["method"].conflict(parts["model"].quantize)
         if conflict:
             found["method.kind"] = conflict
-    if "method" in parts and "task" in parts:
-        nothing = not parts["task"].new_head and not parts["method"].trains_base and not parts["method"].wanted()
-        if nothing:
-            found["method.kind"] = (
-                f"{parts['method'].kind} trains the task's head alone, and {parts['task'].kind} has none; use lora"
-            )
+    if "method" in parts and "task" in parts and parts["method"].head_only and not parts["task"].new_head:
+        found["method.kind"] = (
+            f"{parts['method'].kind} trains the task's head alone, and {parts['task'].kind} has none; use lora"
+        )
     if "train" in parts and "data" in parts and parts["data"].validation is None:
         for key in ("early_stopping", "evaluate_every"):
             if getattr(parts["train"], key) is not None:

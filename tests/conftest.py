@@ -22,7 +22,7 @@ from lowres_ft.pipeline import run
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe, parse
 from lowres_ft.train import TrainState
-from tests import tiny
+from tests import tiny, tiny_chat
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -55,6 +55,26 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small labelled CSV."""
     return tiny.reviews(tmp_path_factory.mktemp("data") / "reviews.csv")
+
+
+@pytest.fixture(scope="session")
+def chat_bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a tiny chat base of an architecture, once for each."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama", **changes: object) -> Path:
+        key = f"{architecture}{sorted(changes.items())}"
+        if key not in made:
+            made[key] = tiny_chat.base(tmp_path_factory.mktemp(f"chat-{architecture}"), architecture, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short conversations in JSONL."""
+    return tiny_chat.chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
 
 
 def recipe(base: Path, data: Path, *overrides: str) -> Recipe:

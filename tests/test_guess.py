@@ -108,6 +108,89 @@ def test_a_starting_recipe_without_a_task_takes_the_guessed_one():
     assert guessed(write("text,label", "film #,x", "film -#,y"), "start.yaml")["task"]["labels"] == ["x", "y"]
 
 
+ASKED, SAID = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}
+TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+
+
+def rows(*rows: dict[str, Any], name: str = "mine.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": [ASKED, SAID]}, "messages (3)"),
+        ({"conversations": TURNS}, "conversations (3)"),
+        ({"instruction": "What?", "input": "", "output": "That."}, "instruction and output and input (3)"),
+        ({"prompt": "What?", "completion": "That.", "label": "a"}, "prompt and completion (3)"),
+    ],
+)
+def test_conversations_start_from_the_chat_recipe(row: dict[str, Any], told: str, folder: Path):
+    found = new("mine", None, rows(row, row, row))
+    assert found["guessed"] == [
+        "starting from chat-lora-int8; another one is named with --from",
+        f"chat: the first 3 rows can be read; what they hold is {told}",
+    ]
+    mine, start = load_recipe("mine.yaml"), load_recipe("chat-lora-int8")
+    assert (mine.task, mine.model, mine.method, mine.train) == (start.task, start.model, start.method, start.train)
+    assert mine.data == start.data.model_copy(update={"train": "mine.jsonl"})
+    assert mine.summary == "The task chat, learned from mine.jsonl."
+
+
+def test_words_and_tags_start_from_the_recipe_of_entities(folder: Path):
+    Path("mine.conll").write_text("Ann B-name\nsleeps O\n\nBob B-name\n")
+    found = new("mine", None, "mine.conll")
+    assert found["guessed"] == [
+        "starting from entities-lora; another one is named with --from",
+        "ner: the first 2 rows can be read; what they hold is words and tags (2)",
+    ]
+    assert load_recipe("mine.yaml").data.train == "mine.conll"
+
+
+def test_texts_and_labels_start_from_the_recipe_of_sentiment():
+    found = new("mine", None, write("text,label", "film #,good", "film -#,bad"))
+    assert found["guessed"][0] == "starting from sentiment-lora; another one is named with --from"
+    assert load_recipe("mine.yaml").task.kind == "classification"
+    Path("mine.yaml").unlink()
+    assert new("mine", None, None)["guessed"] == []
+    assert load_recipe("mine.yaml").method == load_recipe("sentiment-lora").method
+
+
+def test_the_task_of_the_recipe_that_is_named_stays():
+    mixed = rows({"text": "What?", "answer": "That."}, {"messages": [ASKED, SAID]}, {"text": "Why?", "answer": "So."})
+    found = new("mine", "chat-lora-int8", mixed)
+    assert found["guessed"] == [
+        "chat: the first 3 rows can be read; what they hold is text and answer (2); messages (1)"
+    ]
+
+
+def test_what_belongs_to_the_other_source_is_left_behind():
+    start = load_recipe("entities-lora").model_dump(mode="json")
+    start["task"]["labels"] = ["person"]
+    start["data"] |= {"columns": {"words": "3"}, "test": "other.conll", "validation": 0.2, "limit": 7}
+    Path("start.yaml").write_text(yaml12.dumps(start))
+    Path("mine.conll").write_text("Ann B-name\nsleeps O\n")
+    new("mine", "start.yaml", "mine.conll")
+    mine = load_recipe("mine.yaml")
+    assert mine.task.labels is None  # type: ignore[attr-defined]
+    assert (mine.data.columns, mine.data.validation, mine.data.test, mine.data.limit) == ({}, 0.2, 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [ASKED]}, r"mine\.jsonl:2: no message is the assistant's"),
+        ({"question": "What?"}, r"mine\.jsonl:2: no column 'messages'"),
+    ],
+)
+def test_rows_that_the_task_cannot_read_are_told_and_nothing_is_written(row: dict[str, Any], message: str):
+    source = rows({"messages": [ASKED, SAID]}, row)
+    with pytest.raises(DataError, match=message):
+        new("mine", "chat-lora-int8", source)
+    assert not Path("mine.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message", "hint"),
     [

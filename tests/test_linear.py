@@ -1,4 +1,4 @@
-"""AdaptedLinear against PEFT, bitsandbytes and float64; keyed dropout against its definition."""
+"""AdaptedLinear against PEFT, bitsandbytes and float64."""
 
 import bitsandbytes
 import peft
@@ -8,10 +8,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import factorize, quantize
+from lowres_ft import quantize
 from lowres_ft.dropout import DropoutKeys
-from lowres_ft.errors import ModelError
-from lowres_ft.factorize import principal
 from lowres_ft.linear import AdaptedLinear, DoraLinear, LowRankLinear, ScaledLinear
 from lowres_ft.methods.base import LowRank, Scale
 from lowres_ft.methods.lora import Lora
@@ -155,76 +153,6 @@ def test_int8_in_fp16_does_not_overflow_before_its_scale():
     assert bool(torch.isfinite(x.grad).all())  # type: ignore[arg-type]
 
 
-def masks(layer: LowRankLinear, step: int, rows: list[int], length: int) -> Tensor:
-    """(B, T, inputs): the mask that a layer applies, seen through an adapter that is the identity."""
-    layer.keys.set(step, torch.tensor(rows), length)
-    seen = layer(torch.ones(len(rows), length, layer.in_features))
-    layer.keys.clear()
-    return seen
-
-
-def identity(dropout: float, width: int = 64, name: str = "layer", seed: int = 3) -> LowRankLinear:
-    held = Plain(torch.zeros(width, width))
-    layer = LowRankLinear(held, None, LowRank(width, 1.0, dropout), name, DropoutKeys(seed))
-    for parameter in (layer.lora_A, layer.lora_B):
-        nn.init.eye_(parameter)
-    return layer
-
-
-def test_dropout_keeps_the_right_share_and_scales_what_it_keeps():
-    seen = masks(identity(0.1), step=1, rows=list(range(200)), length=8)
-    kept = (seen != 0).float()
-    assert abs(kept.mean().item() - 0.9) < 0.003
-    torch.testing.assert_close(seen[seen != 0], torch.full_like(seen[seen != 0], 1 / 0.9))
-    # No row, position or feature is favoured: the spread of each one's share is that of independent draws.
-    for axes in ((0, 1), (0, 2), (1, 2)):
-        share = kept.mean(dim=axes)
-        expected = (0.09 / (kept.numel() / share.numel())) ** 0.5
-        assert share.std().item() < 1.4 * expected
-
-
-def test_dropout_depends_on_example_and_position_but_not_on_the_cut_or_the_padding():
-    layer = identity(0.5)
-    whole = masks(layer, 4, [11, 5, 8], length=6)
-    torch.testing.assert_close(whole[1:2, :3], masks(layer, 4, [5], length=3))
-    torch.testing.assert_close(whole[[2, 0]], masks(layer, 4, [8, 11], length=6))
-
-
-@pytest.mark.parametrize("change", ["step", "row", "layer", "seed"])
-def test_dropout_changes_with_each_key(change: str):
-    other = identity(0.5, name="other" if change == "layer" else "layer", seed=4 if change == "seed" else 3)
-    first = masks(identity(0.5), 1, [1], length=4)
-    second = masks(other, 2 if change == "step" else 1, [2 if change == "row" else 1], length=4)
-    assert 0.35 < (first == second).float().mean().item() < 0.65
-
-
-def test_an_input_that_all_examples_share_is_keyed_by_the_step_alone():
-    layer = identity(0.5)
-    seen = []
-    for rows in ([1, 2, 3], [7, 8]):
-        layer.keys.set(2, torch.tensor(rows), length=5)
-        seen.append(layer(torch.ones(1, 9, 64)))
-    torch.testing.assert_close(seen[0], seen[1])
-
-
-def test_an_input_that_cannot_be_keyed_is_refused():
-    layer = identity(0.5)
-    layer.keys.set(2, torch.tensor([1, 2]), length=5)
-    with pytest.raises(ModelError, match=r"shape \(5, 2, 64\) for 2 texts of 5 tokens"):
-        layer(torch.ones(5, 2, 64))
-
-
-def test_texts_that_are_flattened_one_behind_the_other_get_the_same_mask():
-    layer = identity(0.5)
-    layer.keys.set(2, torch.tensor([1, 2]), length=5)
-    torch.testing.assert_close(layer(torch.ones(10, 64)).view(2, 5, 64), layer(torch.ones(2, 5, 64)))
-
-
-def test_without_keys_there_is_no_dropout():
-    layer = identity(0.5)
-    torch.testing.assert_close(layer(torch.ones(2, 64)), torch.ones(2, 64))
-
-
 def test_new_adapters_change_nothing_and_follow_from_seed_and_name():
     held = Plain(torch.randn(OUTPUTS, INPUTS))
     layers = [
@@ -311,30 +239,6 @@ def test_doras_norms_are_those_of_the_dequantized_sum(form: str):
     exact = (plain.storage.dequantized().double() + layer.delta().double()).norm(dim=1)
     assert close(layer.norms(), exact, 1e-6)
     assert close(layer.norms(torch.bfloat16) if form != "none" else layer.norms(), exact, 5e-3)
-
-
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 64, 4), (64, 40, 4), (6, 20, 9)])
-def test_principal_factors_are_those_of_the_singular_values(rows: int, columns: int, rank: int):
-    matrix = torch.randn(rows, columns)
-    a, b = principal(matrix, rank)
-    assert (a.shape, b.shape) == ((rank, columns), (rows, rank))
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
-    torch.testing.assert_close((b.double() @ a.double()), nearest, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
-    torch.testing.assert_close(principal(matrix.clone(), rank), (a, b), rtol=0, atol=0)
-
-
-def test_principal_factors_of_a_large_matrix_are_near_the_exact_ones(monkeypatch: pytest.MonkeyPatch):
-    values = torch.linspace(0, 1, 200).pow(2)
-    left, right = (torch.linalg.qr(torch.randn(width, 200))[0] for width in (300, 240))
-    matrix = (left * values) @ right.t()
-    exact = principal(matrix, 8)
-    monkeypatch.setattr(factorize, "_EXACT_UP_TO", 100)
-    found = principal(matrix, 8)
-    left_out, least = ((matrix - b @ a).norm() for a, b in (found, exact))
-    assert least <= left_out <= 1.001 * least
-    torch.testing.assert_close(found[0], principal(matrix, 8)[0], rtol=0, atol=0)
 
 
 def pissa(held: Tensor | Storage, scaling: float = 2.0, dropout: float = 0.0) -> LowRankLinear:

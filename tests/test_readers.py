@@ -304,6 +304,15 @@ def test_hub_rows_have_the_names_of_their_labels(monkeypatch: pytest.MonkeyPatch
     assert asked == [{"path": "owner/name", "name": "config", "revision": "abc", "split": "test"}]
 
 
+def test_hub_rows_have_the_names_of_labels_in_lists(monkeypatch: pytest.MonkeyPatch):
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-LOC"]))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": tags})
+    rows = {"tokens": [["in", "Rome"], []], "ner_tags": [[0, 1], []]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: datasets.Dataset.from_dict(rows, features=features))
+    found = [row for _, row in readers.rows("hub:owner/name")]
+    assert found == [{"tokens": ["in", "Rome"], "ner_tags": ["O", "B-LOC"]}, {"tokens": [], "ner_tags": []}]
+
+
 def test_a_hub_data_set_that_cannot_be_had_offline_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

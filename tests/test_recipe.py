@@ -241,7 +241,7 @@ def test_an_unknown_key_below_any_value_is_told(path):
             "method.kind: must be one of dora, full, head, ia3, lora, found 'lroa' (did you mean 'lora'?)",
         ),
         ("method.kind=", "method.kind: must be one of dora, full, head, ia3, lora, found null"),
-        ("task.kind=[a]", 'task.kind: must be one of classification, found ["a"]'),
+        ("task.kind=[a]", 'task.kind: must be one of chat, classification, ner, found ["a"]'),
         ("task.labels=positive", "task.labels: must be a list, found 'positive'"),
         ("task.labels=[positive]", 'task.labels: must name at least two classes, found ["positive"]'),
         ("task.labels=[a, a]", 'task.labels: must not name a class twice, found ["a", "a"]'),
@@ -300,7 +300,7 @@ def test_an_empty_recipe_tells_what_is_needed(tmp_path):
     found = fails(name=tmp_path / "mine.yaml")
     assert found == {
         "name": "is missing",
-        "task.kind": "is missing; it is one of classification",
+        "task.kind": "is missing; it is one of chat, classification, ner",
         "method.kind": "is missing; it is one of dora, full, head, ia3, lora",
         "model.base": "is missing",
         "data.train": "is missing",

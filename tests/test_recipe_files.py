@@ -13,7 +13,7 @@ from lowres_ft.recipe import load_recipe, shipped
 def test_the_shipped_recipes_are_the_files_of_the_folder():
     folder = Path(__file__).parent.parent / "recipes"
     assert sorted(shipped()) == sorted(path.stem for path in folder.iterdir())
-    assert len(shipped()) == 3
+    assert len(shipped()) == 6
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -50,7 +50,7 @@ def test_a_shipped_name_wins_over_a_file_that_is_called_so(tmp_path, monkeypatch
     ("name", "message", "hint"),
     [
         ("sentiment_lora", "no recipe 'sentiment_lora' (did you mean 'sentiment-lora'?)", "./sentiment_lora.yaml"),
-        ("zzz", "no recipe 'zzz'", "Shipped are sentiment-full, sentiment-lora, sentiment-lora-int8;"),
+        ("zzz", "no recipe 'zzz'", f"Shipped are {', '.join(shipped())};"),
         ("mine.yaml", "no recipe file mine.yaml", "lowres-ft list"),
         ("there/mine", "no recipe file there/mine", "lowres-ft list"),
         (".", ". is a folder, not a recipe", "lowres-ft list"),

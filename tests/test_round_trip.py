@@ -58,7 +58,11 @@ def trained_logits(wanted: Recipe, work: Path, texts: list[Any]) -> np.ndarray:
 
 
 def compare(
-    wanted: dict[str, Recipe], folder: Path, tolerance: float = 1e-5, texts: list[Any] = TEXTS
+    wanted: dict[str, Recipe],
+    folder: Path,
+    tolerance: float = 1e-5,
+    texts: list[Any] = TEXTS,
+    labels: tuple[str, ...] = ("bad", "good"),
 ) -> dict[str, Path]:
     """Run recipes, and compare the trained models with what a fresh process loads."""
     bundles = {name: run(found, folder / name, device_name="cpu").folder for name, found in wanted.items()}
@@ -67,7 +71,6 @@ def compare(
         logits = trained_logits(wanted[name], folder / f"{name}.work", texts)
         np.testing.assert_array_equal(np.float32(seen[str(place)]["ours"]), logits, err_msg=name)
         np.testing.assert_allclose(seen[str(place)]["theirs"], logits, atol=tolerance, rtol=0, err_msg=name)
-        labels = wanted[name].task.names or ("bad", "good")
         assert seen[str(place)]["labels"] == {str(index): label for index, label in enumerate(labels)}
     return bundles
 

@@ -77,8 +77,11 @@ def show(name: Name, overrides: Overrides = None, as_json: Json = False) -> None
 
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new recipe.", show_default=False)],
-    from_: Annotated[str, typer.Option("--from", help="Recipe to start from.")] = "sentiment-lora",
-    data: Annotated[str | None, typer.Option("--data", help="Your rows: columns and labels are guessed.")] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="Recipe to start from.  [default: as the rows are; else sentiment-lora]"),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Your rows: task, columns and labels are guessed.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a recipe of your own, NAME.yaml in this folder."""

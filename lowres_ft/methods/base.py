@@ -69,6 +69,9 @@ class Method(Spec):
     trains_base: ClassVar[bool] = False
     """True when every weight is trained and the bundle holds a whole model; else it holds an adapter."""
 
+    head_only: ClassVar[bool] = False
+    """True when nothing of the base is trained or adapted."""
+
     @property
     def corrects_quantization(self) -> bool:
         """True where the adapter makes up for what quantization lost, and so belongs to the quantized base alone."""

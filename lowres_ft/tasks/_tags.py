@@ -78,5 +78,5 @@ def entities(classes: "np.ndarray", rows: "np.ndarray") -> "np.ndarray":
     goes_on[:1] = False
     goes_on[1:] &= (kind[1:] == kind[:-1]) & (rows[1:] == rows[:-1])
     starts = np.flatnonzero(~goes_on)
-    found = np.stack([starts, np.append(starts[1:], len(classes)), kind[starts]], axis=1)
+    found = np.stack([starts, np.append(starts, len(classes))[1:], kind[starts]], axis=1)
     return np.asarray(found[found[:, 2] >= 0])

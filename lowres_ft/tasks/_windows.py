@@ -22,28 +22,47 @@ class Pieces:
     """The piece of each word by which it is tagged: its first one; they ascend, and no two are the same."""
 
 
-def align(ids: Sequence[int], offsets: Sequence[Sequence[int]], words: Sequence[Sequence[int]], missing: int) -> Pieces:
+@dataclass(frozen=True)
+class StandIns:
+    """Ids of pieces that show no part of a word."""
+
+    missing: int
+    """What stands for a word without pieces: the unknown token, else the one that pads."""
+    space: int | None
+    """Metaspace alone, which SentencePiece puts before a text with the place of the first character."""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "StandIns":
+        """Those of a tokenizer."""
+        unknown, space = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("\u2581")
+        return cls(tokenizer.pad_token_id if unknown is None else unknown, None if space == unknown else space)
+
+
+def align(
+    ids: Sequence[int], offsets: Sequence[Sequence[int]], words: Sequence[Sequence[int]], stand_ins: StandIns
+) -> Pieces:
     """The pieces of a text, in which every word has one of its own.
 
     A piece in which several words begin is repeated for each. A word that no piece shows, such as one of control
-    characters, gets the piece `missing`.
+    characters, gets the piece `missing` of the stand-ins.
 
     Args:
         ids: (T,) the pieces as the tokenizer makes them.
         offsets: (T,) [start, end) of each in the text; a piece may begin with the space before its word.
         words: (W,) [start, end) of each word in the text.
-        missing: The id of the piece that stands for a word without one.
+        stand_ins: Pieces that show no part of a word.
     """
+    ends = [start if one == stand_ins.space else end for one, (start, end) in zip(ids, offsets, strict=True)]
     found: list[int] = []
     firsts: list[int] = []
     piece, repeated = 0, -1
     for start, end in words:
-        while piece < len(ids) and offsets[piece][1] <= start:
+        while piece < len(ids) and ends[piece] <= start:
             found += [ids[piece]] * (piece != repeated)
             piece += 1
         shown = piece < len(ids) and offsets[piece][0] < end
         firsts.append(len(found))
-        found.append(ids[piece] if shown else missing)
+        found.append(ids[piece] if shown else stand_ins.missing)
         repeated = piece if shown else repeated
     found += ids[piece + (piece == repeated) :]
     return Pieces(found, firsts)

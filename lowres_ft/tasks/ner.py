@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from lowres_ft.errors import DataError, nearest
+from lowres_ft.errors import DataError
 from lowres_ft.spec import shown
-from lowres_ft.tasks import _sentence, _tags
+from lowres_ft.tasks import _labels, _sentence, _tags
 from lowres_ft.tasks._gazetteer import Gazetteer
 from lowres_ft.tasks._sentence import Sentence
-from lowres_ft.tasks._windows import Cutter, align
+from lowres_ft.tasks._windows import Cutter, StandIns, align
 from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Form, Ragged, Seen, Task, printable
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_TYPES = 200
-_TOLD = 10  # types that are named at the most
 
 
 class Ner(Task):
@@ -113,30 +112,18 @@ class Ner(Task):
                 f"more than {MOST_TYPES} types of entities, such as {shown(next(iter(seen)))}",
                 hint="A type is a word such as PER, not the entity itself.",
             )
-        task = self if self.labels else self.model_copy(update={"labels": _found(seen)})
+        task = self if self.labels else self.model_copy(update={"labels": _labels.found(seen)})
         task.check(seen)
         if missing := [label for label in task.types if label not in seen]:
             raise DataError(
                 f"task.labels names {', '.join(map(shown, missing))}, which no training row has",
-                hint=f"Found are {', '.join(seen)}. Correct task.labels, or leave it out to find them.",
+                hint=f"Found are {_labels.listed(seen)}. Correct task.labels, or leave it out to find them.",
             )
         return task
 
     def check(self, seen: Mapping[str, Seen]) -> None:
-        unknown = [(label, at) for label, at in seen.items() if label not in self.types]
-        if not unknown:
-            return
-        lines = [
-            f"{at.where}: entities of the unknown type {shown(label)}{nearest(label, self.types)}, "
-            f"in {at.count} row{'s' * (at.count > 1)}"
-            for label, at in unknown[:_TOLD]
-        ]
-        more = f"\n  and {len(unknown) - _TOLD} more" if len(unknown) > _TOLD else ""
-        raise DataError(
-            "\n  ".join(lines) + more,
-            hint=f"The types of the task are {', '.join(self.types)}: what train lacks cannot be learned. Correct the "
-            "rows, or add some to train; task.labels=null finds its types.",
-        )
+        if unknown := {label: at for label, at in seen.items() if label not in self.types}:
+            raise _labels.told_unknown(unknown, self.types)
 
     def class_of(self, label: str) -> int:
         if label not in self.types:
@@ -146,12 +133,12 @@ class Ner(Task):
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Sentence]) -> list[list[Encoded]]:
         """Tokenize the texts as they are, so that any client gets the same pieces, and find each word's first one."""
         cutter = Cutter.of(tokenizer, self.max_length, self.overlap)
-        missing = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+        stand_ins = StandIns.of(tokenizer)
         texts = [example.text for example in examples]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         found = []
         for example, ids, offsets in zip(examples, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            found.append(cutter.cut(align(ids, offsets, example.words, missing), self._classes(example)))
+            found.append(cutter.cut(align(ids, offsets, example.words, stand_ins), self._classes(example)))
         return found
 
     def _classes(self, example: Sentence) -> list[int]:
@@ -239,24 +226,6 @@ class Ner(Task):
     def line(self, found: Mapping[str, Any]) -> str:
         entities = [f"{one['text']} [{one['label']} {one['score']:.3f}]" for one in found["entities"]]
         return "\t".join(map(printable, [found["text"], *entities]))
-
-
-def _found(seen: Mapping[str, Seen]) -> tuple[str, ...]:
-    """The types of the rows by alphabet.
-
-    Raises:
-        DataError: Two differ only in spaces or capitals, and so are hardly two types.
-    """
-    spelled: dict[str, str] = {}
-    for label, at in seen.items():
-        other = spelled.setdefault(label.strip().casefold(), label)
-        if other != label:
-            raise DataError(
-                f"{at.where}: the type {shown(label)} differs from {shown(other)} ({seen[other].where}) only in how "
-                "it is written",
-                hint="Write them alike; or list both in task.labels, if they are two types.",
-            )
-    return tuple(sorted(seen))
 
 
 def _ratios(counts: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
