@@ -301,12 +301,17 @@ def _missing(
     name = columns.get(role, role)
     hint = f"Say which column holds the {role}: data.columns.{role}=NAME."
     if len(forms) > 1:
-        ways = "; or ".join(" and ".join((*form.given, *form.wanted)) for form in forms)
+        ways = "; or ".join(" and ".join(_first((*form.given, *form.wanted))) for form in forms)
         hint = f"What is read is {ways}. A column of another name is mapped with data.columns.{role}=NAME."
     return MissingColumnError(
         f"{where}: no column '{name}'{nearest(name, row)}; there are {', '.join(map(repr, row))}",
         hint=f"{hint} {form.hint}".strip(),
     )
+
+
+def _first(roles: tuple[str, ...], most: int = 6) -> tuple[str, ...]:
+    """The roles as they are told: a task may have one for each of many labels."""
+    return roles if len(roles) <= most else (*roles[:most], f"{len(roles) - most} more")
 
 
 def _whole(value: Any) -> bool:
