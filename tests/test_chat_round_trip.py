@@ -17,7 +17,7 @@ from lowres_ft.pipeline import run
 from lowres_ft.prediction import evaluate_bundle
 from tests import tiny_chat
 from tests.conftest import prepare
-from tests.test_round_trip import in_fresh_process
+from tests.test_round_trip import TEXTS, in_fresh_process
 
 Bases = Callable[..., Path]
 CPU = device.find("cpu")
@@ -43,7 +43,7 @@ def test_each_architecture_round_trips(quantize: str, tolerance: float, chat_bas
             tensors = load_file(folders[name] / "adapter_model.safetensors")
             assert all(".lora_A." in tensor or ".lora_B." in tensor for tensor in tensors)
             assert not any("lm_head" in tensor for tensor in tensors)
-    found = in_fresh_process(list(folders.values()))
+    found = in_fresh_process(list(folders.values()), TEXTS)
     for name, folder in folders.items():
         seen = found[str(folder)]
         np.testing.assert_allclose(seen["theirs"], seen["ours"], atol=tolerance, rtol=0, err_msg=name)
@@ -90,7 +90,7 @@ def test_full_fine_tuning_writes_a_whole_model(
     base = chat_bases(architecture, tied=tied)
     bundle = trained(base, chats, tmp_path / "bundle", "method.kind=full", "train.learning_rate=0.001")
     assert open_bundle(bundle.folder).verify(CPU).exact
-    seen = in_fresh_process([bundle.folder])[str(bundle.folder)]
+    seen = in_fresh_process([bundle.folder], TEXTS)[str(bundle.folder)]
     np.testing.assert_allclose(seen["theirs"], seen["ours"], atol=1e-5, rtol=0)
     assert seen["printed"].strip() == seen["ours_printed"]
 
