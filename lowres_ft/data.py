@@ -23,6 +23,7 @@ from lowres_ft.splits import Keys, split
 from lowres_ft.tasks.base import Example, Form, Ragged, Seen, Task
 
 _BATCH = 4096  # rows that stand in memory at a time
+_CHOSEN_BY = ("validation", "test")  # validation chooses the best step, which test scores
 _PROBLEMS = 10  # problems with rows that are told at the most
 _SCHEMA = pa.schema(
     [
@@ -112,15 +113,19 @@ class Data:
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: rows for name, rows in found.items() if rows is not None}
 
+    def before(self, name: str) -> list[Rows]:
+        """The splits that have a say in the model before a held-out one is scored."""
+        return [rows for other, rows in self.splits().items() if other == "train" or (other, name) == _CHOSEN_BY]
+
     def fingerprint(self) -> dict[str, str]:
         """A hash of each split."""
         return {name: rows.fingerprint() for name, rows in self.splits().items()}
 
 
-def apart(train: Rows, held: Rows) -> np.ndarray:
-    """Positions in `held` of the rows that share no text with `train`."""
+def apart(held: Rows, *others: Rows) -> np.ndarray:
+    """Positions in `held` of the rows that share no text with the others."""
     keys = held.keys()
-    shared = np.isin(keys.values, train.keys().values)
+    shared = np.isin(keys.values, np.concatenate([rows.keys().values for rows in others]))
     return np.setdiff1d(np.arange(len(held)), keys.row_of[shared])
 
 
@@ -189,7 +194,7 @@ def _overlaps(data: Data, spec: DataSpec) -> Iterator[str]:
     for name, source in {"validation": spec.validation, "test": spec.test}.items():
         if isinstance(source, str):
             held = data.splits()[name]
-            both = len(held) - len(apart(data.train, held))
+            both = len(held) - len(apart(held, *data.before(name)))
             if both:
                 yield f"{both} of {len(held)} {name} texts stand in train too; scored with and without"
 

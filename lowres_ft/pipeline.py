@@ -270,7 +270,7 @@ def _scores(
         truth, held = tokens[name].truth, tokens[name].rows
         assert held is not None
         scores[name] = evaluate.score(task, truth, outputs)
-        apart = data.apart(train_rows, held)
+        apart = data.apart(held, *ready.rows.before(name))
         if 0 < len(apart) < len(truth):
             scores[f"{name}_without_train_texts"] = evaluate.score(task, truth.take(apart), outputs.take(apart))
     if "test" not in tokens:

@@ -77,6 +77,12 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_chat.chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
 
 
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CSV of texts with any of three labels."""
+    return tiny.topics(tmp_path_factory.mktemp("data") / "topics.csv", ("cold", "good", "long"))
+
+
 def recipe(base: Path, data: Path, *overrides: str) -> Recipe:
     """A recipe on a tiny base: two steps of LoRA in fp32, unless overridden."""
     raw = {

@@ -14,11 +14,13 @@ from stopwordsiso import langs
 from lowres_ft import data, device
 from lowres_ft.clean import cleaned, cleaner, known
 from lowres_ft.errors import DataError, RecipeError
+from lowres_ft.generation import Session, Writer
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import Predictor, evaluate_bundle, examples
 from lowres_ft.recipe import load_recipe, parse
 from lowres_ft.tasks.chat import Chat, Conversation
 from lowres_ft.tasks.classification import Classification, Text
+from tests import tiny_chat
 from tests.conftest import recipe
 
 Bases = Callable[..., Path]
@@ -215,3 +217,20 @@ def test_a_text_has_the_same_ids_in_training_and_in_prediction(bases: Bases, rev
     assert scores["accuracy"]["count"] == 60
     again = evaluate_bundle(bundle, adapted, plan, tmp_path / "work").to_json()
     assert again == bundle.passport.scores["test"]
+
+
+def test_a_chat_bundle_cleans_what_it_is_asked(chat_bases: Bases, chats: Path, tmp_path: Path):
+    wanted = tiny_chat.recipe(chat_bases("llama"), chats, "data.clean=[strip_html, whitespace]")
+    bundle = run(wanted, tmp_path / "bundle", device_name="cpu")
+    adapted, plan = bundle.load(CPU)
+    dirty, plain = "<b>What</b>  is 3 and\n4?", "What is 3 and 4?"
+    first, second = Predictor(adapted, plan).texts([dirty, plain])
+    assert first["messages"] == [{"role": "user", "content": dirty}]
+    assert first["answer"] == second["answer"]
+    session = Session(Writer(adapted, max_new_tokens=4), system=" Be  short.")
+    session.say(dirty)
+    assert session.opening[0]["content"] == "Be short."
+    assert session.turns[0]["content"] == plain
+    with pytest.raises(DataError, match="the message is empty after cleaning"):
+        session.say("<br>")
+    assert len(session.turns) == 2

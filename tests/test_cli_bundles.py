@@ -14,6 +14,7 @@ import pytest
 
 from lowres_ft.bundle import Bundle
 from lowres_ft.cli.main import main
+from lowres_ft.pipeline import run
 from tests.conftest import recipe
 
 Bases = Callable[..., Path]
@@ -175,3 +176,50 @@ def test_a_signal_ends_a_run_cleanly(bases: Bases, reviews: Path, tmp_path: Path
     assert "no bundle was written; runs/tiny.run keeps plan.json and metrics.jsonl" in err
     assert not (tmp_path / "runs" / "tiny").exists()
     assert json.loads(metrics.read_text().splitlines()[-1])["number"] >= 1
+
+
+def test_predict_and_evaluate_of_any_number_of_labels(lowres: Command, bases: Bases, tmp_path: Path):
+    texts = [("warm and good", "good;high"), ("dull", ""), ("warm but dull", "high"), ("a good film", "good")]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"{text} n{n},{own}\n" for n in range(10) for text, own in texts))
+    changes = ("task.multi_label=true", "task.labels=[good, high]", "task.thresholds={good: 0.0001, high: 0.0001}")
+    folder = run(recipe(bases(), rows, *changes), tmp_path / "bundle", device_name="cpu").folder
+    code, out, _ = lowres("predict", folder, "warm\tand good", "-q")
+    labels, scores, text = out.rstrip("\n").split("\t")
+    assert (code, sorted(labels.split(", ")), text) == (0, ["good", "high"], "warm and good")
+    assert list(map(float, scores.split(", "))) == sorted(map(float, scores.split(", ")), reverse=True)
+    _, out, _ = lowres("predict", folder, "warm and good", "-q", "--json")
+    assert list(json.loads(out)) == ["text", "labels", "scores"]
+    code, out, _ = lowres("evaluate", folder, "--data", rows, "-q")
+    assert (code, out.startswith("f1_micro         ")) == (0, True)
+    assert "threshold 0.000  rows 20" in out
+
+
+def test_predict_of_pairs_wants_a_file(lowres: Command, bases: Bases, tmp_path: Path):
+    lines = [f"good n{n},{('dull', 'fine')[n % 2]},{('bad', 'good')[n % 2]}\n" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("text,pair,label\n" + "".join(lines))
+    wanted = recipe(bases(), tmp_path / "rows.csv", "task.pairs=true")
+    folder = run(wanted, tmp_path / "bundle", device_name="cpu").folder
+    code, _, told = lowres("predict", folder, "a text", "-q")
+    assert (code, "error: text 1 is a text alone" in told, "--file F" in told) == (2, True, True)
+    code, out, _ = lowres("predict", folder, "--file", tmp_path / "rows.csv", "-q")
+    assert (code, len(out.splitlines())) == (0, 40)
+    assert out.splitlines()[0].split("\t")[2:] == ["good n0", "dull"]
+
+
+def test_a_class_may_be_called_like_an_end_of_an_interval(lowres: Command, bases: Bases, tmp_path: Path):
+    lines = [f"good n{n},{('low', 'high')[n % 2]}\n" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(lines))
+    wanted = recipe(bases(), tmp_path / "rows.csv", "task.labels=[low, high]")
+    folder = run(wanted, tmp_path / "bundle", device_name="cpu").folder
+    code, out, _ = lowres("evaluate", folder, "-q")
+    assert (code, "  low  " in out) == (0, True)
+
+
+def test_predict_refuses_a_text_of_which_cleaning_leaves_nothing(lowres: Command, bases: Bases, tmp_path: Path):
+    lines = [f"<b>good</b> n{n},{('bad', 'good')[n % 2]}\n" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(lines))
+    wanted = recipe(bases(), tmp_path / "rows.csv", "data.clean=[strip_html]")
+    folder = run(wanted, tmp_path / "bundle", device_name="cpu").folder
+    code, _, told = lowres("predict", folder, "<br>", "-q")
+    assert (code, "error: text 1: the text is empty after cleaning (data.clean)" in told) == (2, True)

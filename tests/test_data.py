@@ -113,7 +113,7 @@ def test_a_published_split_is_left_as_it_is_and_its_overlap_told(tmp_path: Path)
     found = load(train, f"data.test={test}", "data.validation=null")
     assert texts(found.test) == [text for text, _ in published]
     assert found.notes == ("2 of 5 test texts stand in train too; scored with and without",)
-    assert data.apart(found.train, found.splits()["test"]).tolist() == [1, 2, 4]
+    assert data.apart(found.splits()["test"], *found.before("test")).tolist() == [1, 2, 4]
     assert found.validation is None
     assert sorted(texts(found.train)) == sorted(text for text, _ in TEN)
 
@@ -122,7 +122,7 @@ def test_a_published_split_without_overlap_has_no_note(tmp_path: Path):
     test = write(tmp_path / "test.csv", [("new 1", "bad"), ("new 2", "bad")])
     found = load(write(tmp_path / "train.csv", TEN), f"data.test={test}")
     assert found.notes == ()
-    assert data.apart(found.train, found.splits()["test"]).tolist() == [0, 1]
+    assert data.apart(found.splits()["test"], *found.before("test")).tolist() == [0, 1]
 
 
 def test_a_limit_takes_the_first_rows_of_the_shuffled_train_and_no_others(tmp_path: Path):

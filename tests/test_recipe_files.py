@@ -13,7 +13,7 @@ from lowres_ft.recipe import load_recipe, shipped
 def test_the_shipped_recipes_are_the_files_of_the_folder():
     folder = Path(__file__).parent.parent / "recipes"
     assert sorted(shipped()) == sorted(path.stem for path in folder.iterdir())
-    assert len(shipped()) == 6
+    assert len(shipped()) == 7
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -1,5 +1,6 @@
 """Tiny bases with random weights, built where a test needs them: real architectures, a vocabulary of a few words."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,20 @@ def gguf(path: Path, *, pre: str = "smollm", tied: bool = True) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def topics(path: Path, labels: tuple[str, ...], rows: int = 240) -> Path:
+    """Write a CSV in which some words in a text are its labels too, so that a perfect score can be had."""
+    drawn = random.Random(1)
+    others = [word for word in WORDS if word not in labels]
+    lines = ["text,label"]
+    for number in range(rows):
+        own = [word for word in labels if drawn.random() < 0.4]
+        words = [*own, *(drawn.choice(others) for _ in range(drawn.randrange(1, 5)))]
+        drawn.shuffle(words)
+        lines.append(f"{' '.join(words)} n{number},{';'.join(own)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 

@@ -239,9 +239,11 @@ class Classification(Task):
     def class_of(self, label: str) -> int:
         return _labels.class_of(label, self.classes)
 
-    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Text]) -> list[list[Encoded]]:
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if self.pairs:
             _require_pairs(tokenizer)
+
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Text]) -> list[list[Encoded]]:
         second = [example.pair for example in examples] if self.pairs else None
         found = tokenizer([example.text for example in examples], second, truncation=True, max_length=self.max_length)
         segments = found.get("token_type_ids") if self.pairs else None
