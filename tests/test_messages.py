@@ -85,6 +85,13 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path):
     assert read(listed, tmp_path, messages="dialog") == [[ASKED, SAID]]
 
 
+def test_mapped_columns_decide_where_a_row_has_those_of_another_form_too(tmp_path: Path):
+    row = {"instruction": "Why?", "output": "So.", "frage": "What is it?", "antwort": " That. "}
+    assert read(jsonl(tmp_path, row), tmp_path, text="frage", answer="antwort") == [[ASKED, SAID]]
+    with pytest.raises(DataError, match="no column 'fragen'"):
+        read(jsonl(tmp_path, row), tmp_path, text="fragen", answer="antwort")
+
+
 def test_rows_of_different_forms_stand_in_one_file(tmp_path: Path):
     path = jsonl(tmp_path, FORMS[0][0], FORMS[7][0] | {"instruction": "Why?"})
     assert read(path, tmp_path) == [[ASKED, SAID], [ASKED | {"content": "Why?"}, SAID]]
