@@ -14,7 +14,6 @@ from lowres_ft.evaluate import Scores
 from lowres_ft.generation import Heard, Writer
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
-from lowres_ft.tasks.base import Task
 
 _AT_ONCE = 1024  # texts that stand in memory together
 
@@ -52,17 +51,8 @@ class Predictor:
         Raises:
             DataError: A text holds half a character, as an argument that is not UTF-8 does.
         """
-        return self(_example(self.adapted.task, number, text) for number, text in enumerate(texts, start=1))
-
-
-def _example(task: Task, number: int, text: str) -> Any:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text {number} is not UTF-8 (at character {error.start + 1})", hint="Send UTF-8 text."
-        ) from error
-    return task.bare(text, f"text {number}")
+        named = ((text, f"text {number}") for number, text in enumerate(texts, start=1))
+        return self(self.adapted.task.bare(clean.require_utf8(text, name), name) for text, name in named)
 
 
 def examples(bundle: Bundle, file: str) -> Iterator[Any]:
