@@ -269,6 +269,15 @@ def test_evaluate_prints_the_scores_of_a_chat_bundle(lowres: Command, bundle: Bu
     assert [line.split()[0] for line in out.splitlines()] == ["loss", "perplexity", "token_accuracy"]
 
 
+def test_evaluate_tells_the_rows_that_are_left_out(lowres: Command, chat_bases: Bases, chats: Path, tmp_path: Path):
+    made = run(tiny_chat.recipe(chat_bases(), chats, "task.too_long=drop"), tmp_path / "made", device_name="cpu")
+    long = {"messages": [{"role": "user", "content": "What? " * 96}, tiny_chat.CHATS[0]["messages"][1]]}
+    rows = tiny_chat.chats(tmp_path / "rows.jsonl", [*tiny_chat.CHATS, long])
+    code, _, err = lowres("evaluate", made.folder, "--data", rows)
+    assert (code, "".join(err.split())) == (0, "".join(f"note: 1 rows of {rows} are left out: {rows}:25".split()))
+    assert lowres("evaluate", made.folder, "--data", rows, "-q")[2] == ""
+
+
 def test_chat_with_a_bundle_that_labels_is_refused(lowres: Command, trained: Callable[..., Bundle]):
     labels = trained()
     with pytest.raises(BundleError, match="was trained for classification, not for chat"):
