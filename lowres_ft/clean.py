@@ -92,6 +92,19 @@ def require_left(text: str, what: str) -> str:
     return text
 
 
+def require_utf8(text: str, what: str) -> str:
+    """A text that is whole.
+
+    Raises:
+        DataError: It holds half a character, as an argument or a line that is not UTF-8 does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is not UTF-8 (at character {error.start + 1})", hint="Send UTF-8 text.") from error
+    return text
+
+
 def _unicode(text: str) -> str:
     """Composed characters (NFC), so that one text has one form."""
     return unicodedata.normalize("NFC", text)

@@ -267,10 +267,13 @@ def by_role(
 ) -> dict[str, Any]:
     """Name the values of a row by the roles that their columns play, in the first of the forms that the row fits.
 
+    Where columns are mapped, only the forms that have all those roles are meant, if there are any.
+
     Raises:
         MissingColumnError: The row fits none.
         DataError: A value cannot be written as UTF-8.
     """
+    forms = tuple(form for form in forms if columns.keys() <= set(form.roles)) or forms
     lacks = {form: _lacking(form, row, columns, labelled=labelled) for form in forms}
     nearly = min(forms, key=lambda form: len(lacks[form]) / len((*form.given, *(form.wanted if labelled else ()))))
     if lacks[nearly]:

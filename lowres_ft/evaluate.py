@@ -56,14 +56,22 @@ def outputs(adapted: Adapted, tokens: Tokens, plan: Plan) -> Ragged:
     return Ragged.of(rows)
 
 
-def logits(adapted: Adapted, tokens: Tokens, plan: Plan) -> np.ndarray:
-    """The model's fp32 logits for a split, (sequences, ...); shorter ones are filled with 0."""
-    found: list[np.ndarray] = [np.empty(0)] * len(tokens.lengths)
+def logits(adapted: Adapted, tokens: Tokens, plan: Plan, *, most: int) -> np.ndarray:
+    """The model's fp32 logits for a split, (sequences, ...); shorter ones are filled with 0.
+
+    Of a split with more than `most` logits (those of a vocabulary are many) the longest sequences are taken, which are
+    the same for every model.
+    """
+    found: dict[int, np.ndarray] = {}
+    room = 0  # sequences as long as the longest one, which comes first
     for part, values in _batches(adapted, tokens, plan, adapted.task.logits):
-        for position, value in zip(part, values, strict=True):
-            found[position] = value
-    longest = max(len(value) for value in found)
-    return np.stack([np.pad(v, [(0, longest - len(v)), *[(0, 0)] * (v.ndim - 1)]) for v in found])
+        room = room or max(1, most // values[0].size)
+        found |= itertools.islice(zip(part.tolist(), values, strict=True), room - len(found))
+        if len(found) == room:
+            break
+    longest = max(len(value) for value in found.values())
+    ordered = (value for _, value in sorted(found.items()))
+    return np.stack([np.pad(v, [(0, longest - len(v)), *[(0, 0)] * (v.ndim - 1)]) for v in ordered])
 
 
 def _batches(

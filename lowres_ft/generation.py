@@ -124,7 +124,9 @@ class Session:
     def __init__(self, writer: Writer, *, system: str | None = None) -> None:
         self.writer = writer
         self.clean = clean.cleaner(writer.adapted.cleaners)
-        self.opening = [] if system is None else [{"role": "system", "content": self._cleaned(system)}]
+        self.opening = (
+            [] if system is None else [{"role": "system", "content": self._cleaned(system, "the system message")}]
+        )
         self.turns: list[Message] = []
         self.forgotten = 0
         """Turns that were left out so far."""
@@ -137,9 +139,9 @@ class Session:
         """Send a message and return the answer.
 
         Raises:
-            DataError: The message alone leaves no room for an answer, or is empty once it is cleaned.
+            DataError: The message alone leaves no room for an answer, is not UTF-8, or is empty once it is cleaned.
         """
-        self.turns.append({"role": "user", "content": self._cleaned(text)})
+        self.turns.append({"role": "user", "content": self._cleaned(text, "the message")})
         while len(self.turns) > 1 and not self.writer.fits(self._example()):
             del self.turns[:2]
             self.forgotten += 1
@@ -151,8 +153,9 @@ class Session:
         self.turns.append({"role": "assistant", "content": answer})
         return answer
 
-    def _cleaned(self, text: str) -> str:
-        return clean.require_left(self.clean(text), "the message") if self.writer.adapted.cleaners else text
+    def _cleaned(self, text: str, what: str) -> str:
+        text = clean.require_utf8(text, what)
+        return clean.require_left(self.clean(text), what) if self.writer.adapted.cleaners else text
 
     def _example(self) -> Conversation:
         return Conversation("this conversation", [*self.opening, *self.turns])

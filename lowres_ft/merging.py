@@ -20,6 +20,7 @@ from lowres_ft.plan import Plan
 from lowres_ft.prediction import held_out
 
 _LARGEST = 1e-3  # of an fp32 logit
+_MOST_LOGITS = 2**25  # that are kept of each model: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Merged:
 
     folder: Path
     rows: int
+    """Token sequences whose logits were compared; the metric is that of all rows."""
     source: str
     """Where those rows come from."""
     largest_difference: float
@@ -114,7 +116,7 @@ def _compared(bundle: Bundle, adapted: Adapted, work: Path, rows: str | None) ->
 
 def _labelled(source: str, tokens: Tokens) -> _Compared:
     def logits(found: Adapted, plan: Plan) -> np.ndarray:
-        return evaluate.logits(found, tokens, plan)
+        return evaluate.logits(found, tokens, plan, most=_MOST_LOGITS)
 
     def metric(found: Adapted, plan: Plan) -> float:
         return evaluate.metric(found.task, tokens.truth, evaluate.outputs(found, tokens, plan))

@@ -8,6 +8,8 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.spec import Spec
 
 _TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
+_LOGITS = {"cpu": 2**27, "mps": 2**27, "cuda": 2**29}
+"""Tokens x vocabulary that a model that writes passes at once: in fp32 half a GiB or two, and its gradient as much."""
 _EAGER_UP_TO = 128  # tokens; below, plain products beat the fused attention's backward pass on a processor
 
 
@@ -37,14 +39,15 @@ class Plan(Spec):
 def make(recipe: Recipe, profile: Profile, machine: Machine) -> Plan:
     """Decide how a machine runs a recipe."""
     tokens = _TOKENS[machine.kind]
+    most = _LOGITS[machine.kind] // max(1, profile.vocabulary) if recipe.task.generates else 2 * tokens
     short = machine.kind == "cpu" and recipe.task.max_length <= _EAGER_UP_TO
     return Plan(
         device=machine.device,
         dtype=machine.dtype if recipe.model.dtype == "auto" else recipe.model.dtype,
         threads=machine.threads,
         processes=machine.processes,
-        micro_batch_tokens=tokens,
-        evaluation_tokens=2 * tokens,
+        micro_batch_tokens=min(tokens, most),
+        evaluation_tokens=min(2 * tokens, most),
         attention="eager" if short or not profile.fused_attention else "sdpa",
         fused_optimizer=machine.kind != "mps",
         pinned_cut=recipe.model.dropout > 0,

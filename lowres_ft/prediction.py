@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lowres_ft import clean, data, evaluate, readers
-from lowres_ft.batches import in_memory, tokenize
+from lowres_ft.batches import in_memory, tokenize, told
 from lowres_ft.bundle import Bundle
 from lowres_ft.data import Rows
 from lowres_ft.errors import DataError
 from lowres_ft.evaluate import Scores
+from lowres_ft.events import Listener, Note, unheard
 from lowres_ft.generation import Heard, Writer
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
-from lowres_ft.tasks.base import Task
 
 _AT_ONCE = 1024  # texts that stand in memory together
 
@@ -52,17 +52,8 @@ class Predictor:
         Raises:
             DataError: A text holds half a character, as an argument that is not UTF-8 does.
         """
-        return self(_example(self.adapted.task, number, text) for number, text in enumerate(texts, start=1))
-
-
-def _example(task: Task, number: int, text: str) -> Any:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text {number} is not UTF-8 (at character {error.start + 1})", hint="Send UTF-8 text."
-        ) from error
-    return task.bare(text, f"text {number}")
+        named = ((text, f"text {number}") for number, text in enumerate(texts, start=1))
+        return self(self.adapted.task.bare(clean.require_utf8(text, name), name) for text, name in named)
 
 
 def examples(bundle: Bundle, file: str) -> Iterator[Any]:
@@ -107,12 +98,16 @@ def held_out(bundle: Bundle, work: Path, source: str | None) -> tuple[Rows, str]
     return found.test, "the recipe's test rows"
 
 
-def evaluate_bundle(bundle: Bundle, adapted: Adapted, plan: Plan, work: Path, source: str | None = None) -> Scores:
-    """Score a bundle's model on a data source, else on the recipe's test rows.
+def evaluate_bundle(
+    bundle: Bundle, adapted: Adapted, plan: Plan, work: Path, source: str | None = None, *, listen: Listener = unheard
+) -> Scores:
+    """Score a bundle's model on a data source, else on the recipe's test rows; rows that are left out are told.
 
     Raises:
         DataError: There are no such rows; see `held_out`.
     """
-    rows, _ = held_out(bundle, work, source)
+    rows, name = held_out(bundle, work, source)
     tokens = tokenize(adapted, rows, work / "rows")
+    if tokens.left_out:
+        listen(Note(told(name, tokens)))
     return evaluate.score(bundle.recipe.task, tokens.truth, evaluate.outputs(adapted, tokens, plan))

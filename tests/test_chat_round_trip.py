@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lowres_ft import device
+from lowres_ft import bases, device, evaluate, merging, profiles
+from lowres_ft import plan as plans
 from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.linear import AdaptedLinear
 from lowres_ft.merging import merge
@@ -80,6 +82,36 @@ def test_a_bundle_verifies_evaluates_and_merges(architecture: str, chat_bases: B
     assert merged.metric == pytest.approx(scores.metrics["loss"].value, abs=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert plain.config.model_type == architecture
+
+
+def test_a_merge_keeps_few_logits_of_a_large_vocabulary(
+    chat_bases: Bases, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = trained(chat_bases(), chats, tmp_path / "bundle")
+    prepared = prepare(bundle.recipe, tmp_path / "work", evaluation_tokens=1)
+    tokens, vocabulary = prepared.tokens["train"], 333
+    everything = evaluate.logits(prepared.adapted, tokens, prepared.plan, most=2**30)
+    assert everything.shape == (len(tokens), vocabulary)
+    some = evaluate.logits(prepared.adapted, tokens, prepared.plan, most=5 * vocabulary)
+    longest = np.sort(np.argsort(-tokens.lengths, kind="stable")[:5])
+    np.testing.assert_array_equal(some, everything[longest])
+    assert len(evaluate.logits(prepared.adapted, tokens, prepared.plan, most=1)) == 1
+    monkeypatch.setattr(merging, "_MOST_LOGITS", 1)
+    merged = merge(bundle, tmp_path / "merged", CPU, rows=str(chats))
+    assert merged.rows == 1
+
+
+def test_a_large_vocabulary_makes_smaller_micro_batches(chat_bases: Bases, chats: Path):
+    recipe = tiny_chat.recipe(chat_bases(), chats)
+    profile = profiles.profile(bases.resolve(recipe.model), recipe.task)
+    for kind, vocabulary, expected in (
+        ("cpu", 333, (2048, 4096)),
+        ("cpu", 49_152, (2048, 2730)),
+        ("cpu", 151_936, (883, 883)),
+        ("cuda", 151_936, (3533, 3533)),
+    ):
+        plan = plans.make(recipe, replace(profile, vocabulary=vocabulary), replace(CPU, device=kind))
+        assert (plan.micro_batch_tokens, plan.evaluation_tokens) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -1,5 +1,6 @@
 """Answers token by token: what is written, streamed and left out, in the library and on the command line."""
 
+import builtins
 import io
 import json
 import signal
@@ -215,6 +216,31 @@ def test_chat_tells_when_it_forgets(lowres: Command, bundle: Bundle):
     assert lowres("chat", bundle.folder, "-q", typed=typed) == (0, out, "")
 
 
+def test_half_a_character_is_told(lowres: Command, bundle: Bundle):
+    code, out, err = lowres("chat", bundle.folder, "--system", "\udcff", typed=b"What?\n")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the system message is not UTF-8 (at character 1)")
+    session = Session(Writer(bundle.load(device.find("cpu"))[0], max_new_tokens=2))
+    with pytest.raises(DataError, match=r"the message is not UTF-8 \(at character 2\)"):
+        session.say("W\udcff?")
+    assert session.turns == []
+
+
+def test_at_a_terminal_a_message_that_cannot_be_answered_ends_nothing(
+    lowres: Command, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    lines = iter(["\udcff", "What?", ""])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    monkeypatch.setattr(io, "TextIOWrapper", Terminal)
+    code, out, err = lowres("chat", bundle.folder, "--max-tokens", "5", "-q")
+    assert (code, out) == (0, f"{shown(answers(bundle, 'What?', most=5)[0])}\n")
+    assert err == "error: the message is not UTF-8 (at character 1)\n"
+
+
 def test_predict_writes_answers_as_json_and_streams_them_plain(lowres: Command, bundle: Bundle, tmp_path: Path):
     first, second = answers(bundle, "What?", "How 🦙?")
     code, out, _ = lowres("predict", bundle.folder, "What?", "How 🦙?", "--json", "-q")
@@ -241,6 +267,15 @@ def test_evaluate_prints_the_scores_of_a_chat_bundle(lowres: Command, bundle: Bu
     code, out, _ = lowres("evaluate", bundle.folder, "--data", chats)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["loss", "perplexity", "token_accuracy"]
+
+
+def test_evaluate_tells_the_rows_that_are_left_out(lowres: Command, chat_bases: Bases, chats: Path, tmp_path: Path):
+    made = run(tiny_chat.recipe(chat_bases(), chats, "task.too_long=drop"), tmp_path / "made", device_name="cpu")
+    long = {"messages": [{"role": "user", "content": "What? " * 96}, tiny_chat.CHATS[0]["messages"][1]]}
+    rows = tiny_chat.chats(tmp_path / "rows.jsonl", [*tiny_chat.CHATS, long])
+    code, _, err = lowres("evaluate", made.folder, "--data", rows)
+    assert (code, "".join(err.split())) == (0, "".join(f"note: 1 rows of {rows} are left out: {rows}:25".split()))
+    assert lowres("evaluate", made.folder, "--data", rows, "-q")[2] == ""
 
 
 def test_chat_with_a_bundle_that_labels_is_refused(lowres: Command, trained: Callable[..., Bundle]):

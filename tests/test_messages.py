@@ -22,6 +22,7 @@ FORMS: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
     ({"messages": [ASKED, SAID]}, [ASKED, SAID]),
     ({"messages": [SYSTEM, ASKED, SAID, ASKED, SAID]}, [SYSTEM, ASKED, SAID, ASKED, SAID]),
     ({"messages": [ASKED, SAID, ASKED]}, [ASKED, SAID, ASKED]),
+    ({"messages": [ASKED, SAID | {"tool_calls": None, "weight": 1}]}, [ASKED, SAID]),
     (
         {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": " That. "}]},
         [ASKED, SAID],
@@ -85,8 +86,15 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path):
     assert read(listed, tmp_path, messages="dialog") == [[ASKED, SAID]]
 
 
+def test_mapped_columns_decide_where_a_row_has_those_of_another_form_too(tmp_path: Path):
+    row = {"instruction": "Why?", "output": "So.", "frage": "What is it?", "antwort": " That. "}
+    assert read(jsonl(tmp_path, row), tmp_path, text="frage", answer="antwort") == [[ASKED, SAID]]
+    with pytest.raises(DataError, match="no column 'fragen'"):
+        read(jsonl(tmp_path, row), tmp_path, text="fragen", answer="antwort")
+
+
 def test_rows_of_different_forms_stand_in_one_file(tmp_path: Path):
-    path = jsonl(tmp_path, FORMS[0][0], FORMS[7][0] | {"instruction": "Why?"})
+    path = jsonl(tmp_path, FORMS[0][0], FORMS[8][0] | {"instruction": "Why?"})
     assert read(path, tmp_path) == [[ASKED, SAID], [ASKED | {"content": "Why?"}, SAID]]
 
 
@@ -105,6 +113,9 @@ def test_rows_of_different_forms_stand_in_one_file(tmp_path: Path):
         ({"messages": [ASKED | {"role": ["user"]}]}, r"message 1 has the role \['user'\]"),
         ({"messages": [ASKED | {"role": 3}]}, "message 1 has the role 3"),
         ({"messages": [{"content": "Hello."}]}, "message 1 has no role"),
+        ({"messages": [ASKED, SAID | {"tool_calls": [{"id": "1"}]}]}, "message 2 has tool_calls, which cannot be"),
+        ({"messages": [ASKED, SAID | {"content": None, "function_call": {"a": 1}}]}, "message 2 has function_call"),
+        ({"messages": [ASKED, SAID | {"weight": 0}]}, "message 2 has the weight 0, but all answers count alike"),
         ({"messages": [ASKED, SAID | {"content": ""}]}, "message 2: the answer is empty"),
         ({"messages": [ASKED, SAID | {"content": " \n"}]}, "message 2: the answer is empty"),
         ({"messages": [ASKED, SAID | {"content": None}]}, "message 2: the answer is empty"),

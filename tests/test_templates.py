@@ -112,7 +112,7 @@ def test_a_target_is_the_token_that_follows(form: str, messages: list[Message]):
 @settings(max_examples=100, deadline=None)
 def test_the_prompt_is_the_beginning_of_what_was_trained_on(form: str, messages: list[Message]):
     words = tokenizer(form)
-    whole = _templates.render(words, messages, "a:1")
+    whole = _templates.render(words, messages, "a:1", _templates.turn_marks(words))
     prompt = _templates.prompt(words, messages[:-1], "a:1")
     assert whole.text.startswith(prompt)
     between = whole.text[len(prompt) : whole.answers[-1][0]]
@@ -227,6 +227,51 @@ def test_a_template_that_ends_no_turn_gets_the_end_of_text():
     assert _templates.turn_ends(words) == [words.eos_token_id]
 
 
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [
+        (TURNS, "[user] What?\n[assistant]"),
+        (TURNS.replace("] ", "]\n"), "[user]\nWhat?\n[assistant]\n"),
+        (TURNS.replace("[{{", "\"🦙'{{"), "\"🦙'user] What?\n\"🦙'assistant]"),
+    ],
+)
+def test_a_template_that_never_asks_for_an_answer_is_completed_once(template: str, asked: str):
+    words = tiny_chat.tokenizer("gpt2")
+    words.chat_template = template
+    Chat().prepare(words)
+    Chat().prepare(words)
+    question = [{"role": "user", "content": "What?"}]
+    assert _templates.prompt(words, question, "a:1") == asked
+    text = _templates.render(words, [*question, {"role": "assistant", "content": "That."}], "a:1", ()).text
+    assert text == f"{asked}{'' if asked.endswith(chr(10)) else ' '}That.<|endoftext|>"
+
+
+@pytest.mark.parametrize("opening", ["<|im_start|>assistant\n<think>\n", "Answer:"])
+def test_a_template_that_asks_otherwise_than_it_answers_is_refused(opening: str):
+    words = tiny_chat.tokenizer("smollm2")
+    words.chat_template = TURNS + f"{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+    with pytest.raises(ModelError, match=r"asks for an answer with .* but writes answers after") as caught:
+        Chat().prepare(words)
+    assert "task.template=plain" in caught.value.hint
+
+
+def test_many_added_tokens_cost_a_row_nothing():
+    words = tiny_chat.tokenizer("gemma")
+    words.add_tokens([f"<unused{number}>" for number in range(3000)])
+    asked = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    looked = []
+
+    class Counted(type(words)):
+        @property
+        def added_tokens_decoder(self):
+            looked.append(self)
+            return super().added_tokens_decoder
+
+    words.__class__ = Counted
+    Chat().encode(words, [Conversation("a:1", asked)] * 9)
+    assert 0 < len(looked) < 9
+
+
 def test_a_base_that_could_never_stop_is_refused():
     words = tiny_chat.tokenizer("gpt2")
     words.chat_template = TURNS
@@ -253,7 +298,7 @@ def test_a_template_in_which_answers_cannot_be_told_is_refused(template: str, me
     words.chat_template = template
     asked = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "That is it."}]
     with pytest.raises(DataError, match=message):
-        _templates.render(words, asked, "a:1")
+        _templates.render(words, asked, "a:1", _templates.turn_marks(words))
 
 
 @pytest.mark.assets

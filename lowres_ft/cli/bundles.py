@@ -42,12 +42,13 @@ def evaluate(
     """Score a bundle, with 95 % intervals."""
     from lowres_ft.bundle import open_bundle
     from lowres_ft.cli import summary
+    from lowres_ft.cli.display import listening
     from lowres_ft.prediction import evaluate_bundle
 
     opened = open_bundle(bundle)
     model = loaded(opened, device, dtype, base, quiet)
-    with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work:
-        scores = evaluate_bundle(opened, *model, Path(work), data)
+    with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work, listening(quiet) as listen:
+        scores = evaluate_bundle(opened, *model, Path(work), data, listen=listen)
     print(json.dumps(scores.to_json()) if as_json else summary.scores_table(scores.to_json()))
 
 

@@ -8,6 +8,7 @@ import typer
 
 from lowres_ft.cli.bundles import Dtype, loaded, streamed, typed
 from lowres_ft.cli.options import Base, BundleFolder, Device, Quiet
+from lowres_ft.errors import DataError
 
 _HELP = "An empty line or Ctrl-D ends, /reset begins anew."
 
@@ -43,7 +44,13 @@ def chat(
             session.reset()
             continue
         before = session.forgotten
-        session.say(line, streamed(sys.stdout))
+        try:
+            session.say(line, streamed(sys.stdout))
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error.message}", file=sys.stderr)
+            continue
         print(flush=True)
         if session.forgotten > before and not quiet:
             print("note: the first messages were left out: the conversation is too long", file=sys.stderr)
@@ -59,6 +66,8 @@ def _messages() -> Iterator[str]:
             line = input("> ")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"the line is not {error.encoding}: {error.reason}", hint="Type UTF-8 text.") from error
         if not line.strip():
             return
         yield line

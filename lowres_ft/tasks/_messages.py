@@ -25,6 +25,8 @@ _ROLES = {
     "gpt": "assistant",
 }
 _KEYS = (("role", "from"), ("content", "value"))
+_UNREAD = ("tool_calls", "function_call")
+"""Keys of a message that say something which is no text."""
 _QUESTIONS = ("instruction", "prompt", "text")
 _ANSWERS = ("output", "completion", "answer")
 
@@ -69,6 +71,13 @@ def _message(item: object, where: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         found = f"the role {_shown(role)}{nearest(str(role), _ROLES)}" if role is not None else "no role"
         raise DataError(f"{where} has {found}", hint=f"Roles are {', '.join(_ROLES)}.")
+    if unread := next((key for key in _UNREAD if item.get(key)), None):
+        raise DataError(f"{where} has {unread}, which cannot be learned", hint="Only what is said is; leave it out.")
+    if item.get("weight") not in (None, 1):
+        raise DataError(
+            f"{where} has the weight {_shown(item['weight'])}, but all answers count alike",
+            hint="Leave the key out, or end the conversation before an answer that is not to be learned.",
+        )
     what = "the answer" if _ROLES[role] == "assistant" else f"what the {_ROLES[role]} says"
     return {"role": _ROLES[role], "content": _text(content, f"{where}: {what}")}
 

@@ -5,7 +5,8 @@ between the marks stands around the answers too. So no part is tokenized by itse
 its own for generation (`return_assistant_tokens_mask` gives only zeros, silently, where it has none).
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,32 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
             "so answers would never end",
             hint="Use another base.",
         )
+    else:
+        _let_answers_be_asked_for(tokenizer)
+
+
+def _let_answers_be_asked_for(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """See that a template asks for an answer with the very text after which answers are learned.
+
+    One that does not know `add_generation_prompt` is completed by what it writes before an answer.
+
+    Raises:
+        ModelError: It asks otherwise, as those do that let a model think first.
+    """
+    asked = _apply(tokenizer, _SHORTEST[:1], "chat template", more=True)
+    before, _, _ = _apply(tokenizer, _marked(_SHORTEST), "chat template", more=False).partition(_MARK)
+    opening = before.removeprefix(asked)
+    if "".join(asked.split()) == "".join(before.split()):
+        return
+    unasked = asked == _apply(tokenizer, _SHORTEST[:1], "chat template", more=False)
+    if not (unasked and before.startswith(asked) and isinstance(tokenizer.chat_template, str)):
+        raise ModelError(
+            f"the base's chat template asks for an answer with {asked[-40:]!r}, but writes answers after "
+            f"{before[-40:]!r}, so what is learned would not be asked for",
+            hint="Use a base that answers without thinking first, or task.template=plain.",
+        )
+    written = json.dumps(opening.rstrip(" "), ensure_ascii=False)  # a space before a word belongs to its token
+    tokenizer.chat_template += f"{{% if add_generation_prompt %}}{{{{ {written} }}}}{{% endif %}}"
 
 
 def _begins(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -71,8 +98,10 @@ def prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], wh
     return _apply(tokenizer, messages, where, more=True)
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str) -> Rendered:
-    """A conversation up to its last answer as one text, and where its answers stand.
+def render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str, marks: Collection[str]
+) -> Rendered:
+    """A conversation up to its last answer as one text, and where its answers stand; `marks` are `turn_marks`.
 
     Raises:
         DataError: The template refuses it, or changes an answer; the message names `where`.
@@ -83,7 +112,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], wh
     pieces = _apply(tokenizer, _marked(messages), where, more=False).split(_MARK)
     if len(pieces) != len(places) + 1:
         raise DataError(f"{where}: the chat template does not write each answer once")
-    end = _end_of_turn(tokenizer, pieces[-1])
+    end = _end_of_turn(marks, pieces[-1])
     at = len(pieces[0])
     found: list[tuple[int, int]] = []
     if not text.startswith(pieces[0]):
@@ -119,11 +148,16 @@ def _trims(answer: str) -> Iterator[str]:
         yield from (answer.strip(marks), answer.lstrip(marks), answer.rstrip(marks))
 
 
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", after: str) -> str:
-    """The token that a template writes after a conversation's last answer; empty where it writes none."""
+def turn_marks(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """The texts of the tokens that may end a turn; looking them up takes milliseconds where there are thousands."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}  # some makers mark it as no special one
-    known = added | set(tokenizer.all_special_tokens)
-    return max((token for token in known if after.lstrip().startswith(token)), key=len, default="")
+    return added | set(tokenizer.all_special_tokens)
+
+
+def _end_of_turn(marks: Collection[str], after: str) -> str:
+    """The token that a template writes after a conversation's last answer; empty where it writes none."""
+    following = after.lstrip()
+    return max((token for token in marks if following.startswith(token)), key=len, default="")
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
@@ -135,7 +169,7 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
 def turn_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of the tokens after which an answer is over: the end of text, and the template's end of turn."""
     frame = _apply(tokenizer, _marked(_SHORTEST), "chat template", more=False)
-    end = _end_of_turn(tokenizer, frame.rpartition(_MARK)[2])
+    end = _end_of_turn(turn_marks(tokenizer), frame.rpartition(_MARK)[2])
     found = {tokenizer.convert_tokens_to_ids(end)} if end else set()
     return sorted(found | ({tokenizer.eos_token_id} - {None}))
 

@@ -109,7 +109,8 @@ class Chat(Task):
         special = _templates.special_tokens(tokenizer)
         for example in examples:
             _require_plain_answers(example, special)
-        rendered = [_templates.render(tokenizer, example.messages, example.where) for example in examples]
+        marks = _templates.turn_marks(tokenizer)
+        rendered = [_templates.render(tokenizer, example.messages, example.where, marks) for example in examples]
         texts = [one.text for one in rendered]
         tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         found: list[list[Encoded]] = []
