@@ -93,6 +93,13 @@ def test_mapped_columns_decide_where_a_row_has_those_of_another_form_too(tmp_pat
         read(jsonl(tmp_path, row), tmp_path, text="fragen", answer="antwort")
 
 
+def test_a_system_message_that_says_nothing_is_passed_over():
+    blank = {"role": "system", "content": ""}
+    assert Chat().read({"messages": [blank, ASKED, SAID]}, "a:1").messages == [ASKED, SAID]
+    with pytest.raises(DataError, match="a:1: message 1: what the system says is empty"):
+        Chat().read({"messages": [blank]}, "a:1")
+
+
 def test_rows_of_different_forms_stand_in_one_file(tmp_path: Path):
     path = jsonl(tmp_path, FORMS[0][0], FORMS[8][0] | {"instruction": "Why?"})
     assert read(path, tmp_path) == [[ASKED, SAID], [ASKED | {"content": "Why?"}, SAID]]

@@ -43,7 +43,8 @@ def read(row: Mapping[str, Any], where: str) -> list[Message]:
     items = row[listed]
     if not isinstance(items, list) or not items:
         raise DataError(f"{where}: {listed} is {_shown(items)}, not a list of messages", hint=_LIST)
-    found = [_message(item, f"{where}: message {number}") for number, item in enumerate(items, start=1)]
+    spoken = [(number, item) for number, item in enumerate(items, start=1) if number > 1 or not _is_blank(item)]
+    found = [_message(item, f"{where}: message {number}") for number, item in spoken or enumerate(items, start=1)]
     if row.get("system") and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": _text(row["system"], f"{where}: the system message")})
     _check_order(found, where)
@@ -61,6 +62,15 @@ def _pair(row: Mapping[str, Any], where: str) -> list[Message]:
         found.insert(0, {"role": "system", "content": _text(row["system"], f"{where}: the system message")})
     answers = (_text(row[role], f"{where}: the {role}") for role in _ANSWERS if role in row)
     return [*found, *({"role": "assistant", "content": answer} for answer in answers)]
+
+
+def _is_blank(item: object) -> bool:
+    """Whether a message is a system message that says nothing, which many data sets put first."""
+    return (
+        isinstance(item, dict)
+        and "system" in (item.get("role"), item.get("from"))
+        and not (item.get("content") or item.get("value"))
+    )
 
 
 def _message(item: object, where: str) -> Message:
