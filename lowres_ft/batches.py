@@ -5,6 +5,7 @@ plan's business and changes nothing but rounding.
 """
 
 import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,12 +19,11 @@ from lowres_ft.data import Rows
 from lowres_ft.errors import DataError
 from lowres_ft.files import writing
 from lowres_ft.model import Adapted
-from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged
+from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged, supervised
 
 _WINDOW = 16  # batches that are sorted by length together, so that little of a batch is padding
 _AT_ONCE = 1024  # texts that pass the tokenizer together
 _TOLD = 10  # rows that are named at the most
-_TYPES = (np.int32, np.int32, np.uint8)  # of ids, targets and segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Tokens:
     starts: np.ndarray
     """(N + 1,) int64 offsets into ids."""
     targets: np.ndarray
-    """(all targets,) int32."""
+    """(all targets,) int32, or float32 where they are floats."""
     target_starts: np.ndarray
     """(N + 1,) int64 offsets into targets."""
     firsts: np.ndarray
@@ -68,9 +68,10 @@ class Tokens:
     @property
     def truth(self) -> Ragged:
         """The targets of the items of each row."""
-        items = self.targets != IGNORED
+        items = supervised(self.targets)
         before = np.concatenate([[0], np.cumsum(items)])
-        return Ragged(np.asarray(self.targets[items], dtype=np.int64), before[self.target_starts[self.firsts]])
+        wide = np.int64 if self.targets.dtype.kind == "i" else np.float64
+        return Ragged(np.asarray(self.targets[items], dtype=wide), before[self.target_starts[self.firsts]])
 
     def sequence(self, position: int) -> np.ndarray:
         """Token ids of one sequence."""
@@ -96,6 +97,7 @@ def tokenize(adapted: Adapted, rows: Rows, path: Path) -> Tokens:
     """
     files = [path.with_suffix(ending) for ending in (".ids", ".targets", ".segments")]
     counts: list[list[int]] = [[0], [0], [0]]
+    codes = _codes(None)
     sequences: list[int] = []
     left_out: list[str] = []
     with writing(path), ExitStack() as stack:
@@ -103,25 +105,34 @@ def tokenize(adapted: Adapted, rows: Rows, path: Path) -> Tokens:
         examples = rows.examples(adapted.task)
         while part := [example for _, example in zip(range(_AT_ONCE), examples, strict=False)]:
             for example, row in zip(part, adapted.task.encode(adapted.tokenizer, part), strict=True):
+                codes = _codes(row[0]) if row and not any(sequences) else codes
                 sequences.append(len(row))
                 left_out += [] if row else [example.where]
                 for encoded in row:
-                    for sink, values, kind, count in zip(sinks, _parts(encoded), _TYPES, counts, strict=True):
-                        sink.write(np.array(values, dtype=kind).tobytes())
+                    for sink, values, code, count in zip(sinks, _parts(encoded), codes, counts, strict=True):
+                        sink.write(array(code, values).tobytes())
                         count.append(len(values))
     if not any(sequences):
         raise DataError(f"no row can be used; all were left out, such as {left_out[0]}")
     kept = np.flatnonzero(sequences)
     starts = [np.cumsum(count, dtype=np.int64) for count in counts]
-    flat = [np.memmap(file, dtype=np.int32, mode="r") for file in files[:2]]
+    flat = [np.memmap(file, dtype=code, mode="r") for file, code in zip(files[:2], codes, strict=False)]
     segments = np.memmap(files[2], dtype=np.uint8, mode="r") if starts[2][-1] else None
     firsts = np.cumsum([0, *(sequences[row] for row in kept)], dtype=np.int64)
     return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, rows.take(kept), tuple(left_out), segments)
 
 
-def _parts(encoded: Encoded) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+def _parts(encoded: Encoded) -> tuple[Sequence[int], Sequence[float], Sequence[int]]:
     """What is stored of a sequence."""
     return encoded.ids, encoded.targets, encoded.segments or ()
+
+
+def _codes(first: Encoded | None) -> str:
+    """As what ids, targets and segments are stored, given the first sequence: int32, int32 or float32, and uint8.
+
+    An `array` of integers refuses a float, where numpy would cut it off.
+    """
+    return "ifB" if first is not None and isinstance(first.targets[0], float) else "iiB"
 
 
 def told(name: str, tokens: Tokens) -> str:
@@ -134,8 +145,9 @@ def told(name: str, tokens: Tokens) -> str:
 def in_memory(encoded: Sequence[Sequence[Encoded]]) -> Tokens:
     """A few rows that were encoded already."""
     sequences = [one for row in encoded for one in row]
-    columns = list(zip(*map(_parts, sequences), strict=True)) or [()] * len(_TYPES)
-    flat = [np.array(list(itertools.chain(*column)), dtype=kind) for column, kind in zip(columns, _TYPES, strict=True)]
+    codes = _codes(sequences[0] if sequences else None)
+    columns = list(zip(*map(_parts, sequences), strict=True)) or [()] * len(codes)
+    flat = [np.array(array(code, itertools.chain(*column))) for code, column in zip(codes, columns, strict=True)]
     starts = [np.cumsum([0, *map(len, column)], dtype=np.int64) for column in columns]
     firsts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     segments = flat[2] if len(flat[2]) else None
@@ -184,7 +196,8 @@ def collate(tokens: Tokens, positions: np.ndarray, adapted: Adapted) -> Batch:
     depth = max(len(tokens.target(position)) for position in positions)
     ids = np.full((len(positions), width), adapted.tokenizer.pad_token_id, dtype=np.int64)
     mask = np.zeros((len(positions), width), dtype=np.int64)
-    targets = np.full((len(positions), depth), IGNORED, dtype=np.int64)
+    classes = tokens.targets.dtype.kind == "i"
+    targets = np.full((len(positions), depth), IGNORED if classes else np.nan, np.int64 if classes else np.float32)
     segments = None if tokens.segments is None else np.zeros((len(positions), width), dtype=np.int64)
     for row, position in enumerate(positions):
         sequence, target = tokens.sequence(position), tokens.target(position)

@@ -5,6 +5,8 @@ from typing import Any
 
 from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
+from lowres_ft.spec import figures
+from lowres_ft.tasks.base import Task
 
 _FIGURES = {"value", "low", "high", "count"}
 
@@ -55,13 +57,15 @@ def _table(report: dict[str, Any]) -> str:
     names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and value.keys() >= _FIGURES]
     lines = ["| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, scores in rows:
-        cells = [f"{scores[n]['value']:.3f} [{scores[n]['low']:.3f}, {scores[n]['high']:.3f}]" for n in names]
+        cells = [
+            "{} [{}, {}]".format(*figures(*(scores[name][part] for part in ("value", "low", "high")))) for name in names
+        ]
         lines.append(f"| {label} ({scores[names[0]]['count']}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
-    """Python that loads the bundle; `json.dumps` writes the labels, so that no label can be code."""
+    """Python that loads the bundle."""
     auto = bundle.recipe.task.model_class
     if bundle.recipe.method.trains_base:
         return "\n".join(
@@ -78,11 +82,12 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
     if bundle.recipe.method.corrects_quantization:
         names.append("BitsAndBytesConfig")
         options += f",\n    quantization_config=BitsAndBytesConfig({_quantization(bundle)})"
+    options += _fields(bundle.recipe.task) + _pad(pad_token_id)
     return "\n".join(
         [
             "from peft import PeftModel",
             f"from transformers import {', '.join(sorted(names))}",
-            f"base = {auto}.from_pretrained({json.dumps(base.name)}{options}{_labels(bundle)}{_pad(pad_token_id)})",
+            f"base = {auto}.from_pretrained({json.dumps(base.name)}{options})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
             *_answering(bundle),
@@ -110,16 +115,16 @@ def _pad(pad_token_id: int | None) -> str:
     return "" if pad_token_id is None else f", pad_token_id={pad_token_id}"
 
 
-def _labels(bundle: Bundle) -> str:
-    """The options that name a new head's outputs."""
-    labels = bundle.passport.labels
-    if not labels:
-        return ""
-    id2label = ", ".join(f"{index}: {json.dumps(label, ensure_ascii=False)}" for index, label in enumerate(labels))
-    label2id = json.dumps({label: index for index, label in enumerate(labels)}, ensure_ascii=False)
-    kind = bundle.recipe.task.model_config_fields().get("problem_type")
-    more = f', problem_type="{kind}"' if kind == "multi_label_classification" else ""
-    return f", num_labels={len(labels)},\n    id2label={{{id2label}}}, label2id={label2id}{more}"
+def _fields(task: Task) -> str:
+    """The options that tell the task to the model's config, such as how many outputs a new head has."""
+    return "".join(f",\n    {name}={_literal(value)}" for name, value in task.model_config_fields().items())
+
+
+def _literal(value: object) -> str:
+    """A value in Python; `json.dumps` writes texts, so that no label can be code."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _quantization(bundle: Bundle) -> str:

@@ -150,7 +150,7 @@ def load(recipe: Recipe, workspace: Path, progress: assets.Progress | None = Non
     held |= {name: rows.take(taken[name]) for name in shares}
     train = rows.take(taken["train"][: spec.limit])
     _require_classes(task, rows, train, spec)
-    task = task.weigh(train.labels)
+    task = task.weigh(train.examples(task))
     data = Data(task, train, held.get("validation"), held.get("test"))
     whole = {"train": rows} | {name: found for name, found in held.items() if name not in shares}
     notes += [f"{name}: {note}" for name, found in whole.items() for note in task.notes(found.examples(task))]

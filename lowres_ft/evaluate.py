@@ -14,8 +14,8 @@ from lowres_ft.data import Rows
 from lowres_ft.errors import ModelError
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
-from lowres_ft.spec import Spec
-from lowres_ft.tasks.base import IGNORED, Batch, Ragged, Task
+from lowres_ft.spec import Spec, figures
+from lowres_ft.tasks.base import Batch, Ragged, Task, supervised
 
 _RESAMPLES = 1000
 _SEED = 20_090  # of the bootstrap alone, so that the same predictions always get the same interval
@@ -30,7 +30,8 @@ class Value(Spec):
     count: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        value, low, high = figures(self.value, self.low, self.high)
+        return f"{value} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def outputs(adapted: Adapted, tokens: Tokens, plan: Plan) -> Ragged:
     found: list[np.ndarray] = [np.empty(0)] * len(tokens.lengths)
     for part, values in _batches(adapted, tokens, plan, adapted.task.outputs):
         for position, value in zip(part, values, strict=True):
-            items = tokens.target(position) != IGNORED
+            items = supervised(tokens.target(position))
             found[position] = value[: len(items)][items]
     rows = [np.concatenate(found[first:last]) for first, last in itertools.pairwise(tokens.firsts)]
     return Ragged.of(rows)

@@ -43,7 +43,7 @@ def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = Non
     """Write a plain transformers folder in fp32 that computes what the adapter on its base does.
 
     It is compared with adapter + full-precision base on `rows` (a data source), else on the recipe's test rows, else on
-    the bundle's probe rows. It appears at `out` only if no logit differs by more than 1e-3, no label flips and the
+    the bundle's probe rows. It appears at `out` only if no logit differs by more than 1e-3, no answer flips and the
     metric is not worse.
 
     Raises:
@@ -146,7 +146,7 @@ def _proof(bundle: Bundle, out: Path, source: str, before: _Answers, after: _Ans
     if not gap <= _LARGEST or flipped or lost > task.metric_noise:
         raise BundleError(
             f"the merged model differs from adapter and base on {len(before.logits)} rows: logits by up to {gap:.2g}, "
-            f"{flipped} labels, {task.metric} by {lost:.4f}; nothing was kept",
+            f"{flipped} answers, {task.metric} by {lost:.4f}; nothing was kept",
             hint="Use the adapter unmerged, and report this with the base's name.",
         )
     return Merged(out, len(before.logits), source, gap, flipped, after.metric, from_measured=None)

@@ -21,17 +21,23 @@ def load(folder: Folder, name: object) -> type[Spec]:
     """The plug-in class of a name: the one `Spec` that its file defines.
 
     Raises:
-        RecipeError: No file of that name lies in the folder.
+        RecipeError: No file of that name lies in the folder, or it defines no such class, or several.
     """
     known = names(folder)
     if not isinstance(name, str) or name not in known:
         raise RecipeError(f"must be one of {', '.join(known)}, found {shown(name)}{nearest(str(name), known)}")
     module = importlib.import_module(f"lowres_ft.{folder}.{name}")
     base = importlib.import_module(f"lowres_ft.{folder}.base").PLUGIN
-    (plugin,) = (
+    found = {
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
-    )
-    assert issubclass(plugin, Spec)
+    }
+    if len(found) != 1:
+        told = ", ".join(sorted(value.__name__ for value in found)) or "none"
+        raise RecipeError(
+            f"'{name}' is no plug-in: its file must define one subclass of {base.__name__}, found {told}",
+            hint="A class that is but a part of others belongs into a file whose name begins with _.",
+        )
+    plugin: type[Spec] = found.pop()
     return plugin

@@ -101,6 +101,13 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."
 
 
+def figures(*values: float, sign: str = "") -> list[str]:
+    """Scores side by side, in three decimals; in four digits where those would say nothing, or too much."""
+    largest = max(abs(value) for value in values)
+    form = f"{sign}.3f" if largest == 0 or 1e-3 <= largest < 1e5 else f"{sign}.4g"
+    return [format(value, form) for value in values]
+
+
 def _sentence(parts: list[str], found: object) -> str:
     """Join the alternatives; a key that is unknown or missing has no value worth showing."""
     if parts[0].startswith(("is ", "holds ")):

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from lowres_ft import device
+from lowres_ft import card, device
 from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.errors import BundleError, DataError, ModelError, OutputError
 from lowres_ft.linear import LowRankLinear
@@ -171,6 +172,12 @@ def test_labels_of_any_script_stand_in_the_card(bases: Bases, tmp_path: Path):
     bundle = run(recipe(bases(), rows, "task.labels=null"), tmp_path / "bundle", device_name="cpu")
     card = (bundle.folder / "README.md").read_text(encoding="utf-8")
     assert f'0: "差劲", 1: "{labels[0]}"' in card
+
+
+def test_the_card_tells_the_models_config_all_that_the_task_does():
+    task = SimpleNamespace(model_config_fields=lambda: {"num_labels": 1, "problem_type": "regression", "label2id": {}})
+    assert card._fields(task) == ',\n    num_labels=1,\n    problem_type="regression",\n    label2id={}'
+    assert card._literal({0: 'a"\n', "b": None}) == r'{0: "a\"\n", "b": None}'
 
 
 def test_a_bundle_that_moved_still_works(trained: Trainer, tmp_path: Path):

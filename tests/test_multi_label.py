@@ -267,9 +267,10 @@ def test_weights_are_of_a_labels_positives_and_are_divided_by():
 
 def test_balanced_weights_are_the_rows_without_a_label_over_those_with_it():
     task = TASK.model_copy(update={"class_weights": "balanced"})
-    rows = [("cold",), ("cold", "good"), ("0",), (), ("long", "cold", "good")]
-    assert task.weigh(rows).class_weights == pytest.approx({"cold": 1 / 4, "good": 3 / 2, "long": 4})
-    every = [(*row, "cold") for row in rows]
+    labels = [["cold"], ["cold", "good"], ["0"], [], ["long", "cold", "good"]]
+    rows = [Text("", "", labels=own) for own in labels]
+    assert task.weigh(iter(rows)).class_weights == pytest.approx({"cold": 1 / 4, "good": 3 / 2, "long": 4})
+    every = [Text("", "", labels=[*own, "cold"]) for own in labels]
     assert task.weigh(every).class_weights == pytest.approx({"cold": 1, "good": 3 / 2, "long": 4})
 
 

@@ -8,6 +8,7 @@ import pytest
 import lowres_ft
 from lowres_ft import registry
 from lowres_ft.errors import RecipeError
+from lowres_ft.methods import head
 from lowres_ft.methods.base import Method
 from lowres_ft.spec import Spec
 from lowres_ft.tasks.base import Task
@@ -80,6 +81,18 @@ def test_a_task_says_what_the_pipeline_asks(name):
 def test_every_plugin_was_seen():
     assert len(PLUGINS) == sum(COUNTS.values())
     assert issubclass(registry.load("methods", "lora"), Spec)
+
+
+def test_a_second_name_for_the_class_does_not_matter_and_a_second_class_is_told(monkeypatch):
+    monkeypatch.setattr(head, "PLUGIN", head.Head, raising=False)
+    assert registry.load("methods", "head") is head.Head
+
+    class Other(Method):
+        __module__ = head.__name__
+
+    monkeypatch.setattr(head, "Other", Other, raising=False)
+    with pytest.raises(RecipeError, match=r"'head' is no plug-in: .* one subclass of Method, found Head, Other"):
+        registry.load("methods", "head")
 
 
 @pytest.mark.parametrize("name", ["lroa", "base", "__init__", "", None, 3, ["lora"], "lora.x"])

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from lowres_ft.spec import Spec, problems, shown, unknown
+from lowres_ft.spec import Spec, figures, problems, shown, unknown
 
 
 class Part(Spec):
@@ -95,6 +95,20 @@ def test_values_are_shown_as_a_recipe_writes_them():
     assert [shown(value) for value in (True, None, "é", [1, "é"])] == ["true", "null", "'é'", '[1, "é"]']
     assert len(shown(["abc"] * 100)) == 80
     assert shown("x" * 100).endswith("xxx ...")
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "shown"),
+    [
+        ((0.8514, 0.0, 1.0), "", ["0.851", "0.000", "1.000"]),
+        ((0.0041, -0.0123, 0.02), "+", ["+0.004", "-0.012", "+0.020"]),
+        ((0.00012345, 0.0, 0.0004), "", ["0.0001234", "0", "0.0004"]),
+        ((7038187349.3, 4e9, 1.1e10), "", ["7.038e+09", "4e+09", "1.1e+10"]),
+        ((0.0,), "", ["0.000"]),
+    ],
+)
+def test_scores_of_any_size_can_be_read(values, sign, shown):
+    assert figures(*values, sign=sign) == shown
 
 
 def test_unknown_names_the_nearest_or_else_all():

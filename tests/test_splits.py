@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowres_ft import splits
 from lowres_ft.data import Rows
+from lowres_ft.errors import DataError
 from lowres_ft.splits import Keys
-from lowres_ft.tasks.base import Task
+from lowres_ft.tasks.base import Ragged, Task
 from lowres_ft.tasks.classification import Classification
 from tests.test_data import TEN, rows_of
 
@@ -124,3 +126,12 @@ def test_a_class_written_both_as_name_and_number_is_split_once():
     rows = rows_of([(f"film {number}", ("0", "bad", "good", "1")[number % 4]) for number in range(80)])
     parts = split(rows, TASK, {"test": 0.1}, seed=3)
     assert Counter(TASK.class_of(label) for [label] in rows.take(parts["test"]).labels) == {0: 4, 1: 4}
+
+
+def test_rows_without_a_label_are_no_class_that_could_be_too_small():
+    class Plain(Task):
+        kind: str = "plain"
+
+    keys = Keys(Ragged(np.arange(2, dtype=np.uint64), np.arange(3)), [(), ()])
+    with pytest.raises(DataError, match=r"data\.validation gets no row: 2 rows"):
+        splits.split(keys, Plain(), {"validation": 0.2, "test": 0.2}, 7)

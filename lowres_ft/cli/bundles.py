@@ -158,7 +158,7 @@ def merge(
         print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
         return
     print(f"compared on {found.rows:,} rows ({found.source}):")
-    print(f"largest difference of a logit {found.largest_difference:.1e}, no label differs")
+    print(f"largest difference of a logit {found.largest_difference:.1e}, no answer differs")
     if found.from_measured is not None:
         print(f"to the model as it was measured: largest difference of a logit {found.from_measured:.1e}")
     print(f"merged model {found.folder}, fp32, for any program that reads transformers models")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lowres_ft import spec
 from lowres_ft.events import Evaluated, Event, Fetching, Listener, Note, Stage, Trained, unheard
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -63,7 +64,7 @@ class Display:
                 figures = f"loss {self.loss:.3f}  {self.tokens / self.seconds:,.0f} tokens/s"
                 self._advance("training", step.number, total, figures, f"  {left:.0f} s left")
             case Evaluated(number, name, value):
-                self.console.print(f"step {number}: validation {name} {value:.3f}")
+                self.console.print(f"step {number}: validation {name} {spec.figures(value)[0]}")
 
     def _advance(self, what: str, done: int, total: int, figures: str, left: str = "") -> None:
         """Move the bar; without a terminal, print a line now and then and at the end."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowres_ft.recipe import Recipe
+from lowres_ft.spec import figures
 
 if TYPE_CHECKING:
     from lowres_ft.pipeline import Rehearsal
@@ -100,8 +101,8 @@ def _compared(gain: dict[str, Any]) -> str:
     if gain["low"] > 0:
         return f"better by {_interval(gain)}"
     if gain["high"] < 0:
-        return f"WORSE by {-gain['value']:.3f} [{-gain['high']:.3f}, {-gain['low']:.3f}]"
-    return f"not clearly different: {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        return f"WORSE by {_interval({'value': -gain['value'], 'low': -gain['high'], 'high': -gain['low']})}"
+    return f"not clearly different: {_interval(gain, sign='+')}"
 
 
 def _metrics(scores: dict[str, Any]) -> list[str]:
@@ -117,5 +118,6 @@ def _value(scores: dict[str, Any], name: str) -> str:
     return f"{name} {_interval(scores[name])}"
 
 
-def _interval(value: dict[str, Any]) -> str:
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def _interval(value: dict[str, Any], sign: str = "") -> str:
+    shown, low, high = figures(value["value"], value["low"], value["high"], sign=sign)
+    return f"{shown} [{low}, {high}]"

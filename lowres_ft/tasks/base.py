@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
-"""A target that counts for nothing: not in the loss, not among the items that it is divided by."""
+"""A target that counts for nothing: not in the loss, not among the items that it is divided by; of floats it is NaN."""
+
+
+def supervised(targets: "np.ndarray") -> "np.ndarray":
+    """Which targets are items: all but `IGNORED`, of floats all but NaN."""
+    found: np.ndarray = targets != IGNORED if targets.dtype.kind == "i" else targets == targets
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,8 @@ class Encoded:
     """One token sequence: its ids, and its targets (for the whole, or one a token)."""
 
     ids: list[int]
-    targets: list[int]
+    targets: list[int] | list[float]
+    """Class indices, or floats in every sequence of a task: which they are is kept, and told by the first."""
     segments: list[int] | None = None
     """Which of two texts each token is of (0, 1); None where there is but one."""
 
@@ -69,7 +76,7 @@ class Batch:
     mask: "Tensor"
     """(B, T) 1 for a token, 0 for padding."""
     targets: "Tensor"
-    """(B, D) class indices, `IGNORED` where nothing is supervised; D is T where each token has a target."""
+    """(B, D) class indices or floats, `IGNORED` (NaN) where there is no item; D is T where each token has a target."""
     rows: "Tensor"
     """(B,) positions of the sequences in their split; they key the adapter's dropout."""
     segments: "Tensor | None" = None
@@ -130,10 +137,7 @@ class Seen:
 
 
 class Task(Spec):
-    """A task. Its fields are its part of the recipe.
-
-    The examples that its methods get are those that its `read` made.
-    """
+    """A task: its fields are its part of the recipe, the examples that its methods get those that its `read` made."""
 
     kind: str
     """Name of the task's file."""
@@ -154,8 +158,6 @@ class Task(Spec):
     """True where the answer is a text that the model writes."""
     higher_is_better: ClassVar[bool] = True
     """Whether a greater `metric` is a better one."""
-    metric_noise: ClassVar[float] = 0.0
-    """How much `metric` may move by rounding alone; 0 where it counts answers."""
     spans_refer_to_text: ClassVar[bool] = False
     """True where an answer holds places in the text as given, so that nothing may move its characters."""
     base_is_baseline: ClassVar[bool] = False
@@ -174,13 +176,18 @@ class Task(Spec):
         raise NotImplementedError
 
     @property
+    def metric_noise(self) -> float:
+        """How much `metric`, in its own unit, may move by rounding alone; 0 where it counts answers."""
+        return 0.0
+
+    @property
     def forms(self) -> tuple[Form, ...]:
         """The ways in which columns can hold an example; the first that a row fits is taken."""
         raise NotImplementedError
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the model's outputs by index, once they are known; none for a model that writes."""
+        """Names of the model's outputs by index, once they are known; none where outputs have no names."""
         return ()
 
     @property
@@ -249,8 +256,8 @@ class Task(Spec):
         """
         return self
 
-    def weigh(self, labels: Sequence[Collection[str]]) -> Self:
-        """The task with what follows from the labels of each row that is trained on, such as their weights."""
+    def weigh(self, examples: Iterable[Any]) -> Self:
+        """The task with what follows from the rows that are trained on, such as the weights of their labels."""
         return self
 
     def check(self, seen: Mapping[str, Seen]) -> None:
@@ -287,7 +294,7 @@ class Task(Spec):
 
     def counted(self, targets: "np.ndarray") -> float:
         """What the loss of these items is divided by: their number, or the sum of their weights."""
-        return float((targets != IGNORED).sum())
+        return float(supervised(targets).sum())
 
     def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
         """Sum (not mean) of the loss over the items of a batch, in fp32."""
@@ -298,11 +305,11 @@ class Task(Spec):
         raise NotImplementedError
 
     def logits(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        """(B, ...) fp32 logits by which two models are compared; 0 where there is padding."""
+        """(B, ...) fp32 logits by which two models are compared, 0 at padding; no targets are given."""
         raise NotImplementedError
 
     def choice(self, logits: "np.ndarray") -> "np.ndarray":
-        """What logits decide for; where two models' choices differ, an answer flipped."""
+        """What logits decide for; where two models' choices differ, an answer flipped. Of one logit: nothing."""
         chosen: np.ndarray = logits.argmax(-1)
         return chosen
 

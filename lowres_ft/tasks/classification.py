@@ -210,12 +210,12 @@ class Classification(Task):
             hint="Add rows of another class.",
         )
 
-    def weigh(self, labels: Sequence[Collection[str]]) -> Self:
+    def weigh(self, examples: Iterable[Text]) -> Self:
         """N / (C n) of a class with n of the N rows; for any number of labels, rows without one / rows with it."""
         if self.class_weights != "balanced":
             return self
-        count = Counter(index for row in labels for index in {self.class_of(label) for label in row})
-        rows = len(labels)
+        classes = [{self.class_of(label) for label in self.labels_in(example)} for example in examples]
+        rows, count = len(classes), Counter(itertools.chain(*classes))
         weights = {
             # A label that every row has weighs 1: at a weight of 0 it would not be learned.
             label: (rows - count[index] or rows) / count[index]
