@@ -57,7 +57,7 @@ def outputs(adapted: Adapted, tokens: Tokens, plan: Plan) -> Ragged:
     return Ragged.of(rows)
 
 
-def logits(adapted: Adapted, tokens: Tokens, plan: Plan, *, most: int) -> np.ndarray:
+def logits(adapted: Adapted, tokens: Tokens, plan: Plan, *, most: int | None = None) -> np.ndarray:
     """The model's fp32 logits for a split, (sequences, ...); shorter ones are filled with 0.
 
     Of a split with more than `most` logits (those of a vocabulary are many) the longest sequences are taken, which are
@@ -66,7 +66,7 @@ def logits(adapted: Adapted, tokens: Tokens, plan: Plan, *, most: int) -> np.nda
     found: dict[int, np.ndarray] = {}
     room = 0  # sequences as long as the longest one, which comes first
     for part, values in _batches(adapted, tokens, plan, adapted.task.logits):
-        room = room or max(1, most // values[0].size)
+        room = room or (len(tokens.lengths) if most is None else max(1, most // values[0].size))
         found |= itertools.islice(zip(part.tolist(), values, strict=True), room - len(found))
         if len(found) == room:
             break
