@@ -125,7 +125,7 @@ def test_every_shipped_recipe_runs_on_a_tiny_base(
 ):
     """Two steps, on the rows of the contract: no recipe of the folder is left out."""
     task = load_recipe(name).task.kind
-    base = chat_bases("llama") if task == "chat" else bases("bert")
+    base = chat_bases("llama", **ARCHITECTURES["llama"]) if task == "chat" else bases("bert")
     changes = [f"model.base={base}", f"data.train={sources[task]}", "data.validation=0.2", "data.test=0.2"]
     changes += [
         "train.steps=2",

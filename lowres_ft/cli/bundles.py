@@ -69,7 +69,7 @@ def predict(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Predict for texts what the bundle was trained for: labels, entities, or a chat model's answers."""
+    """Predict labels, entities, or a chat model's answers."""
     from lowres_ft import prediction
     from lowres_ft.bundle import open_bundle
 
