@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowres_ft import attach, profiles, quantize
+from lowres_ft import attach, behaviour, profiles, quantize
 from lowres_ft.bases import VOCABULARIES, Base
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
@@ -20,7 +20,7 @@ from lowres_ft.methods.base import Method
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
-from lowres_ft.tasks.base import Batch, Task
+from lowres_ft.tasks.base import Task
 
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
@@ -111,21 +111,16 @@ def load(
         if new:
             originals = _originals(recipe, base, plan, kept) if recipe.method.corrects_quantization else {}
             attach.begin(model, recipe.method, chosen, originals)
-        _require_distinct(model, heads)
-        for head in heads:
-            module = model.get_submodule(head).float().requires_grad_(True)
-            module.register_forward_pre_hook(_to_float32)
+        _train_heads(model, heads)
     model.train(recipe.model.dropout > 0)
     known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
     adapted = Adapted(model, tokenizer, *known)
-    if recipe.task.generates:
-        _require_causal(adapted)
-    _require_padding_without_effect(adapted)
+    behaviour.require(adapted)
     return adapted
 
 
 def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -> dict[str, Tensor]:
-    """The weights (outputs, inputs) of the base's linear layers before they are quantized, in fp32."""
+    """The fp32 weights (outputs, inputs) of the base's linear layers before they are quantized."""
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
     model, _ = _from_files(plain, base, plan, profiles.config(base, recipe.task), heads, torch.float32)
     return {name: attach.weight(module) for name, module in profiles.linear_layers(model, heads)}
@@ -274,65 +269,6 @@ def _outermost(model: PreTrainedModel, missing: set[str], mismatched: set[str], 
     return tuple(found)
 
 
-def _require_padding_without_effect(adapted: Adapted) -> None:
-    """Refuse a model that answers differently when a text stands padded beside a longer one.
-
-    Told by the difference that padding makes to a text, against the difference to another text.
-
-    Raises:
-        ModelError: Padding changes the answer, as with XLNet, which looks at the last position.
-    """
-    special = set(adapted.tokenizer.all_special_ids)
-    plain = [index for index in range(len(adapted.tokenizer)) if index not in special]
-    words = [plain[len(plain) * at // 12] for at in range(12)]
-    short, long = torch.tensor([words[:4]]), torch.tensor([words[4:]])
-    padded = torch.full_like(long, adapted.tokenizer.pad_token_id or 0)
-    padded[:, :4] = short
-    mask = torch.ones(2, 8, dtype=torch.long)
-    mask[0, 4:] = 0
-    alone = _answers(adapted, short, torch.ones_like(short))
-    together = _answers(adapted, torch.cat([padded, long]), mask)
-    same = together[:, : alone.shape[1]]
-    if (alone[0] - same[0]).norm() > 0.25 * (same[0] - same[1]).norm() + 1e-6:
-        kind = adapted.base.config().get("model_type")
-        raise ModelError(
-            f"{adapted.base.source} (model_type {kind!r}) answers differently when a text is padded on the right",
-            hint="Its answers would depend on what stands beside a text; choose another base.",
-        )
-
-
-def _require_causal(adapted: Adapted) -> None:
-    """Refuse a model that sees what it is to write, such as BERT as a language model.
-
-    Raises:
-        ModelError: It has no output layer, or a later word changes what it expects at an earlier one.
-    """
-    ids = torch.arange(8, device=adapted.device).repeat(3, 1) + len(adapted.tokenizer) // 2  # (3, 8)
-    ids[1, 4:] += 4
-    ids[2, 0] += 4
-    with torch.inference_mode(), adapted.computing():
-        logits = adapted.model(input_ids=ids, use_cache=False).logits[:, :4].float()
-    later, earlier = ((logits[0] - logits[changed]).norm() for changed in (1, 2))
-    if adapted.model.get_output_embeddings() is None or later > 0.05 * earlier + 1e-6:
-        kind = adapted.base.config().get("model_type")
-        raise ModelError(
-            f"{adapted.base.source} (model_type {kind!r}) does not write from left to right, so it cannot chat",
-            hint="Use a causal language model.",
-        )
-
-
-def _answers(adapted: Adapted, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, ...) logits for token ids (B, T)."""
-    rows = torch.arange(len(ids))
-    batch = Batch(*(part.to(adapted.device) for part in (ids, mask, rows[:, None], rows)))
-    was_training = adapted.model.training
-    adapted.model.eval()
-    with torch.inference_mode(), adapted.computing():
-        found: Tensor = adapted.task.logits(adapted.model, batch).float()
-    adapted.model.train(was_training)
-    return found
-
-
 def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
     """PEFT restores every module whose name ends in a head's name: no other module may."""
     for name, _ in model.named_modules():
@@ -341,6 +277,14 @@ def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
                 raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
 
 
+def _train_heads(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
+    """Train the heads in fp32, whatever the base does."""
+    _require_distinct(model, heads)
+    for head in heads:
+        module = model.get_submodule(head).float().requires_grad_(True)
+        module.register_forward_pre_hook(_to_float32)
+
+
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Heads compute in fp32, whatever the base does."""
+    """A head's inputs in fp32."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

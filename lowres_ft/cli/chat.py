@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowres_ft.cli.bundles import Dtype, loaded, streamed, typed
 from lowres_ft.cli.options import Base, BundleFolder, Device, Quiet
 from lowres_ft.errors import DataError
+
+if TYPE_CHECKING:
+    from lowres_ft.generation import Session
 
 _HELP = "An empty line or Ctrl-D ends, /reset begins anew."
 
@@ -43,17 +46,22 @@ def chat(
         if line.strip() == "/reset":
             session.reset()
             continue
-        before = session.forgotten
-        try:
-            session.say(line, streamed(sys.stdout))
-        except DataError as error:
-            if not sys.stdin.isatty():
-                raise
-            print(f"error: {error.message}", file=sys.stderr)
-            continue
-        print(flush=True)
-        if session.forgotten > before and not quiet:
-            print("note: the first messages were left out: the conversation is too long", file=sys.stderr)
+        _answer(session, line, quiet=quiet)
+
+
+def _answer(session: "Session", line: str, *, quiet: bool) -> None:
+    """Print the answer to a message; at a terminal, one that cannot be answered does not end the conversation."""
+    before = session.forgotten
+    try:
+        session.say(line, streamed(sys.stdout))
+    except DataError as error:
+        if not sys.stdin.isatty():
+            raise
+        print(f"error: {error.message}", file=sys.stderr)
+        return
+    print(flush=True)
+    if session.forgotten > before and not quiet:
+        print("note: the first messages were left out: the conversation is too long", file=sys.stderr)
 
 
 def _messages() -> Iterator[str]:
