@@ -17,6 +17,8 @@ from lowres_ft.linear import AdaptedLinear
 from lowres_ft.merging import merge
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import evaluate_bundle
+from lowres_ft.tasks.chat import Chat
+from lowres_ft.tasks.classification import Classification
 from tests import tiny_chat
 from tests.conftest import prepare
 from tests.test_round_trip import TEXTS, in_fresh_process
@@ -141,3 +143,11 @@ def test_training_lowers_the_loss(chat_bases: Bases, chats: Path, tmp_path: Path
     gain = report["baselines"]["base"]["gain"]
     assert gain["low"] > 0
     assert report["scores"]["test"]["loss"]["value"] < report["baselines"]["base"]["loss"]["value"]
+
+
+def test_a_merge_counts_the_flip_of_a_token_only_where_it_was_no_tie():
+    tie, clear = np.array([[1.0, 1.0001, 0.0]]), np.array([[1.0, 1.5, 0.0]])
+    turned = np.array([[1.0001, 1.0, 0.0]])
+    assert merging._flipped(Chat(), tie, turned, gap=1e-4) == 0
+    assert merging._flipped(Chat(), clear, turned, gap=1e-4) == 1
+    assert merging._flipped(Classification(labels=("a", "b", "c")), tie, turned, gap=1e-4) == 1
