@@ -1,6 +1,9 @@
 """What all tests share: an empty cache of their own, and a runner of recipes on tiny bases."""
 
+import io
 import os
+import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read as huggingface_hub is imported
 
@@ -16,6 +19,7 @@ from lowres_ft import batches, data, device, model, profiles, train
 from lowres_ft import plan as plans
 from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
+from lowres_ft.cli.main import main
 from lowres_ft.device import Machine
 from lowres_ft.model import Adapted
 from lowres_ft.pipeline import run
@@ -23,6 +27,8 @@ from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe, parse
 from lowres_ft.train import TrainState
 from tests import tiny, tiny_chat
+
+Command = Callable[..., tuple[int, str, str]]
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -37,18 +43,23 @@ def own_cache(
         monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a tiny base of an architecture, once for each."""
+def _maker(factory: pytest.TempPathFactory, base: Callable[..., Path], usual: str) -> Callable[..., Path]:
+    """What makes a base of an architecture, `usual` where none is named, once for each."""
     made: dict[str, Path] = {}
 
-    def make(architecture: str = "bert", **changes: object) -> Path:
+    def make(architecture: str = usual, **changes: object) -> Path:
         key = f"{architecture}{sorted(changes.items())}"
         if key not in made:
-            made[key] = tiny.base(tmp_path_factory.mktemp(architecture), architecture, **changes)
+            made[key] = base(factory.mktemp(architecture), architecture, **changes)
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a tiny base of an architecture, once for each."""
+    return _maker(tmp_path_factory, tiny.base, "bert")
 
 
 @pytest.fixture(scope="session")
@@ -60,15 +71,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chat_bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a tiny chat base of an architecture, once for each."""
-    made: dict[str, Path] = {}
-
-    def make(architecture: str = "llama", **changes: object) -> Path:
-        key = f"{architecture}{sorted(changes.items())}"
-        if key not in made:
-            made[key] = tiny_chat.base(tmp_path_factory.mktemp(f"chat-{architecture}"), architecture, **changes)
-        return made[key]
-
-    return make
+    return _maker(tmp_path_factory, tiny_chat.base, "llama")
 
 
 @pytest.fixture(scope="session")
@@ -132,3 +135,25 @@ def trained(bases: Callable[..., Path], reviews: Path, tmp_path: Path) -> Callab
         return run(recipe(bases(architecture), reviews, *overrides), tmp_path / out, device_name="cpu")
 
     return train
+
+
+@pytest.fixture
+def lowres(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command line; return its exit code, standard output and standard error."""
+
+    def call(*arguments: object, typed: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowres-ft", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return code, *capfd.readouterr()
+
+    return call

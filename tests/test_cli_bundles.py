@@ -1,6 +1,5 @@
 """The commands about bundles as a user types them, on a tiny base; and signals in the middle of a run."""
 
-import io
 import json
 import os
 import signal
@@ -13,37 +12,11 @@ from pathlib import Path
 import pytest
 
 from lowres_ft.bundle import Bundle
-from lowres_ft.cli.main import main
 from lowres_ft.pipeline import run
-from tests.conftest import recipe
+from tests.conftest import Command, recipe
 
 Bases = Callable[..., Path]
 Trainer = Callable[..., Bundle]
-
-
-@pytest.fixture
-def lowres(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call the command line; return its exit code, standard output and standard error."""
-
-    def call(*arguments: object, typed: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lowres-ft", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return code, *capfd.readouterr()
-
-    return call
-
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def test_predict_prints_a_line_for_each_text(lowres: Command, trained: Trainer):

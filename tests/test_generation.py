@@ -3,8 +3,6 @@
 import builtins
 import io
 import json
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +11,13 @@ import torch
 
 from lowres_ft import device
 from lowres_ft.bundle import Bundle
-from lowres_ft.cli.main import main
 from lowres_ft.errors import BundleError, DataError
 from lowres_ft.generation import Session, Writer, require_chat
 from lowres_ft.model import Adapted
 from lowres_ft.pipeline import run
 from lowres_ft.tasks.chat import Conversation
 from tests import tiny_chat
-from tests.conftest import prepare
+from tests.conftest import Command, prepare
 
 Bases = Callable[..., Path]
 QUESTIONS = ("What is 3 and 4?", "Écoute 🦙", "How do you do?\nWell?")
@@ -159,31 +156,6 @@ def test_a_session_leaves_its_oldest_turns_out_when_it_grows_too_long(adapted: C
 @pytest.fixture
 def bundle(chat_bases: Bases, chats: Path, tmp_path: Path) -> Bundle:
     return run(tiny_chat.recipe(chat_bases(), chats, "data.probe_rows=0"), tmp_path / "chat", device_name="cpu")
-
-
-@pytest.fixture
-def lowres(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call the command line; return its exit code, standard output and standard error."""
-
-    def call(*arguments: object, typed: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lowres-ft", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return code, *capfd.readouterr()
-
-    return call
-
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def answers(bundle: Bundle, *questions: str, most: int = 8) -> list[str]:

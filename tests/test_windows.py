@@ -2,7 +2,6 @@
 
 import itertools
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,25 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lowres_ft.errors import ModelError
 from lowres_ft.tasks import _tags
-from lowres_ft.tasks._sentence import Sentence
 from lowres_ft.tasks._windows import Cutter, StandIns, align, windows
-from lowres_ft.tasks.base import IGNORED, Seen
+from lowres_ft.tasks.base import IGNORED
 from lowres_ft.tasks.ner import Ner
 from tests import tiny
-
-TASK = Ner(labels=("LOC", "PER"))
-ROW = {"words": ["Ann", "likes", "New", "York", "."], "tags": ["B-PER", "O", "B-LOC", "I-LOC", "O"]}
-TEXT = {"text": "Ann likes New York.", "entities": [[0, 3, "PER"], {"start": 10, "end": 18, "label": "LOC"}]}
-
-
-def seen(*labels: str) -> dict[str, Seen]:
-    return {label: Seen(2, f"rows.conll:{line}") for line, label in enumerate(labels, start=1)}
-
-
-def sentence(words: str, tags: str = "") -> Sentence:
-    row: dict[str, Any] = {"words": words.split()}
-    return TASK.read(row | ({"tags": tags.split()} if tags else {}), "a:1")
-
+from tests.test_ner import TASK, sentence
 
 CORPUS = [
     "the film was great and the plot was dull",
