@@ -135,7 +135,7 @@ class Bundle:
         }
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
-        plan = plans.make(wanted, profile, machine)
+        plan = plans.make(wanted, profile, machine, like=self.passport.plan)
         adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder), new=False)
         if dequantize:
             model.dequantize(adapted)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowres_ft import attach, behaviour, profiles, quantize
+from lowres_ft import attach, attention, behaviour, profiles, quantize
 from lowres_ft.bases import VOCABULARIES, Base
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
@@ -219,7 +219,7 @@ def _from_files(
                 base.folder,
                 config=config,
                 dtype="auto" if options else dtype,
-                attn_implementation=plan.attention,
+                attn_implementation=_attention(plan),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 use_safetensors=True,
@@ -232,6 +232,11 @@ def _from_files(
         _cast(model, dtype)
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
+
+
+def _attention(plan: Plan) -> str:
+    """What transformers calls the plan's attention."""
+    return plan.attention if plan.attention != "products" else attention.implementation(plan.attention_kernels)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

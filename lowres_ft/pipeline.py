@@ -247,7 +247,8 @@ def _fit(ready: _Ready, machine: Machine, place: Place, listen: Listener) -> Mea
             listen(Trained(step, state.total))
             if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
                 predicted = evaluate.outputs(adapted, tokens["validation"], plan)
-                value = evaluate.metric(task, tokens["validation"].truth, predicted)
+                truth = tokens["validation"].truth
+                value = evaluate.metric(task.tune(truth, predicted), truth, predicted)  # as the end result is scored
                 value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
                 state.record(value)
                 log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")

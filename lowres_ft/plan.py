@@ -2,6 +2,10 @@
 
 from typing import Literal
 
+import torch
+
+from lowres_ft import attention, timings
+from lowres_ft.attention import Heads, Kernel
 from lowres_ft.device import Dtype, Machine
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
@@ -10,7 +14,6 @@ from lowres_ft.spec import Spec
 _TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
 _LOGITS = {"cpu": 2**27, "mps": 2**27, "cuda": 2**29}
 """Tokens x vocabulary that a model that writes passes at once: in fp32 half a GiB or two, and its gradient as much."""
-_EAGER_UP_TO = 128  # tokens; below, plain products beat the fused attention's backward pass on a processor
 
 
 class Plan(Spec):
@@ -28,27 +31,48 @@ class Plan(Spec):
     """Padded tokens that pass forward and backward at once; one text may be longer."""
     evaluation_tokens: int
     """Padded tokens that pass forward at once when nothing is kept for a backward pass."""
-    attention: Literal["eager", "sdpa"]
-    """Implementation of attention in transformers."""
+    attention: Literal["eager", "sdpa", "products"]
+    """The model's own attention, PyTorch's fused kernel, or products with a kernel for each length."""
+    attention_kernels: dict[int, Kernel]
+    """Of products: the kernel for rows of up to so many tokens, as it was timed here; longer ones take the fused."""
     fused_optimizer: bool
     """AdamW in one kernel."""
     pinned_cut: bool
     """True where dropout inside the base ties the result to this very cut."""
 
 
-def make(recipe: Recipe, profile: Profile, machine: Machine) -> Plan:
-    """Decide how a machine runs a recipe."""
+def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | None = None) -> Plan:
+    """Decide how a machine runs a recipe; what would be timed is as in a plan that it is to be `like`."""
     tokens = _TOKENS[machine.kind]
     most = _LOGITS[machine.kind] // max(1, profile.vocabulary) if recipe.task.generates else 2 * tokens
-    short = machine.kind == "cpu" and recipe.task.max_length <= _EAGER_UP_TO
+    dtype = machine.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+    own = machine.kind == "cpu" and profile.own_attention
+    kernels: dict[int, Kernel] = {}
+    if own:
+        same = like is not None and like.attention == "products"
+        kernels = like.attention_kernels if like and same else _kernels(recipe, profile, machine, dtype, tokens)
     return Plan(
         device=machine.device,
-        dtype=machine.dtype if recipe.model.dtype == "auto" else recipe.model.dtype,
+        dtype=dtype,
         threads=machine.threads,
         processes=machine.processes,
         micro_batch_tokens=min(tokens, most),
         evaluation_tokens=min(2 * tokens, most),
-        attention="eager" if short or not profile.fused_attention else "sdpa",
+        attention="products" if own else "sdpa" if profile.fused_attention else "eager",
+        attention_kernels=kernels,
         fused_optimizer=machine.kind != "mps",
         pinned_cut=recipe.model.dropout > 0,
     )
+
+
+def _kernels(recipe: Recipe, profile: Profile, machine: Machine, dtype: Dtype, tokens: int) -> dict[int, Kernel]:
+    """The fastest attention for each length that the task can have."""
+    heads = Heads(profile.attention_heads, profile.key_value_heads, profile.head_width)
+    longest = recipe.task.max_length
+    found = timings.once(
+        machine,
+        dtype,
+        f"attention {heads} {tokens} tokens, up to {longest}",
+        lambda: attention.fastest(heads, getattr(torch, dtype), longest, tokens),
+    )
+    return {int(length): kernel for length, kernel in found.items()}

@@ -45,8 +45,12 @@ class Profile:
     vocabulary: int
     positions: int | None
     """Longest text that the base can take, in tokens; None where positions are computed, not learned."""
+    key_value_heads: int
+    head_width: int
     fused_attention: bool
     """True where transformers' model can use PyTorch's fused attention."""
+    own_attention: bool
+    """True where transformers' model can use an attention of ours."""
 
 
 def profile(base: Base, task: Task) -> Profile:
@@ -64,6 +68,7 @@ def profile(base: Base, task: Task) -> Profile:
     heads = outside if task.new_head else ()
     linears = tuple(Linear(name, *widths(module)) for name, module in linear_layers(model, outside))
     text = settings.get_text_config()
+    hidden, heads_of_queries = int(getattr(text, "hidden_size", 0)), int(getattr(text, "num_attention_heads", 0))
     return Profile(
         linears=linears,
         heads=heads,
@@ -71,11 +76,14 @@ def profile(base: Base, task: Task) -> Profile:
         head_parameters=sum(p.numel() for head in heads for p in model.get_submodule(head).parameters()),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=int(getattr(text, "num_hidden_layers", 0)),
-        hidden=int(getattr(text, "hidden_size", 0)),
-        attention_heads=int(getattr(text, "num_attention_heads", 0)),
+        hidden=hidden,
+        attention_heads=heads_of_queries,
+        key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads_of_queries),
+        head_width=int(getattr(text, "head_dim", None) or hidden // max(1, heads_of_queries)),
         vocabulary=int(getattr(text, "vocab_size", 0)),
         positions=_positions(model),
         fused_attention=bool(model._supports_sdpa),  # noqa: SLF001 (there is no public name for it)
+        own_attention=bool(model._supports_attention_backend),  # noqa: SLF001
     )
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lowres_ft import device
 from lowres_ft.bundle import Bundle, open_bundle
+from lowres_ft.events import Evaluated
 from lowres_ft.merging import merge
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import Predictor, evaluate_bundle, examples
@@ -233,3 +234,17 @@ def test_a_merge_compares_what_the_thresholds_decide(bases: Bases, topics: Path,
     assert merged.metric == bundle.passport.scores["test"]["f1_micro"]["value"]
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
+
+
+def test_the_best_step_is_told_by_the_tuned_thresholds(bases: Bases, topics: Path, tmp_path: Path):
+    """At a threshold of 0.5 the first steps give no label at all, so that any later one would be no better."""
+    slow = recipe(bases(), topics, *MANY, "train.steps=4", "train.evaluate_every=1", "train.learning_rate=1e-6")
+    seen: list[float] = []
+
+    def listen(event: object) -> None:
+        if isinstance(event, Evaluated):
+            seen.append(event.value)
+
+    bundle = run(slow, tmp_path / "bundle", device_name="cpu", listen=listen)
+    told = json.loads((bundle.folder / "report.json").read_text())["scores"]["validation"]["f1_micro"]["value"]
+    assert max(seen) == told > 0

@@ -237,15 +237,6 @@ def test_code_that_comes_with_a_base_is_never_run(bases: Bases, reviews: Path, t
     assert not (tmp_path / "ran").exists()
 
 
-def test_long_texts_use_fused_attention_where_the_base_has_it(bases: Bases, reviews: Path, tmp_path: Path):
-    for architecture, expected in (("bert", "sdpa"), ("deberta-v2", "eager")):
-        prepared = prepare(
-            recipe(bases(architecture, max_position_embeddings=256), reviews, "task.max_length=200"),
-            tmp_path / architecture,
-        )
-        assert prepared.plan.attention == expected
-
-
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
