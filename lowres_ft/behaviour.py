@@ -70,7 +70,7 @@ def _keeps_packed_apart(adapted: "Adapted") -> bool:
 def _every(adapted: "Adapted", batch: Batch) -> Tensor:
     """(B, T, V) logits of a few words."""
     with _asked(adapted):
-        return _chunked.logits(adapted.model, batch, batch.mask.bool()).unflatten(0, batch.ids.shape)
+        return _chunked.logits(adapted.model, batch, batch.mask.bool()).view(*batch.ids.shape, -1)
 
 
 def _require_padding_without_effect(adapted: "Adapted") -> None:

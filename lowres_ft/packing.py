@@ -7,6 +7,7 @@ a token is masked as it would be alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from heapq import heapreplace
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.tasks.base import IGNORED, Batch
+
+_TRIED = 16  # numbers of rows
+_FAR = 4096  # tokens of a row whose attention costs as much as all else: 24 h^2 = 4 h T, with some 700 features h
 
 
 def micro_batches(
@@ -31,24 +35,39 @@ def micro_batches(
 
 
 def pack(positions: np.ndarray, lengths: np.ndarray, most_tokens: int) -> Iterator[list[np.ndarray]]:
-    """Cut a step into micro-batches of rows as long as the longest sequence of all `lengths`, or shorter.
+    """Cut a step into micro-batches of rows that are about equally long, longer ones first.
 
-    Each sequence, longest first, goes into the first row that has room for it; longer rows are handed out first.
+    A row is not longer than the longest sequence of all `lengths`. Into how many the sequences are put is what costs
+    least, so that those of one length stay alone.
     """
-    width = int(lengths.max())
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for position in positions[np.argsort(-lengths[positions], kind="stable")].tolist():
-        length = int(lengths[position])
-        at = next((at for at, left in enumerate(room) if left >= length), len(rows))
-        if at == len(rows):
-            rows.append([])
-            room.append(width)
-        rows[at].append(position)
-        room[at] -= length
-    filled = np.array([width - left for left in room])
-    for part in cut(np.arange(len(rows)), filled, most_tokens):
-        yield [np.array(rows[at]) for at in part]
+    ordered = positions[np.argsort(-lengths[positions], kind="stable")]
+    sizes = lengths[ordered].tolist()
+    limit = max(sizes[0], min(int(lengths.max()), most_tokens))
+    counts = np.geomspace(max(1, -(-sum(sizes) // limit)), len(sizes), _TRIED).round().astype(int)
+    tried = (_balanced(sizes, count) for count in np.unique(counts)[::-1])
+    filled, rows = min((one for one in tried if max(one[0]) <= limit), key=_cost)
+    for part in cut(np.arange(len(rows)), np.array(filled), most_tokens):
+        yield [ordered[rows[at]] for at in part]
+
+
+def _balanced(sizes: list[int], count: int) -> tuple[list[int], list[list[int]]]:
+    """Fill `count` rows, longest sequence first, always the emptiest; return how full they are, and with which."""
+    heap = [(0, at) for at in range(count)]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for number, size in enumerate(sizes):
+        _, at = heap[0]
+        rows[at].append(number)
+        filled[at] += size
+        heapreplace(heap, (filled[at], at))
+    return filled, rows
+
+
+def _cost(packed: tuple[list[int], list[list[int]]]) -> int:
+    """Padded tokens, and what their attention costs."""
+    filled, _ = packed
+    width = max(filled)
+    return len(filled) * width * (_FAR + width)
 
 
 def collate_packed(tokens: Tokens, rows: Sequence[np.ndarray], adapted: Adapted) -> Batch:

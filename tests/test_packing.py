@@ -49,7 +49,17 @@ def test_each_sequence_has_its_place_and_rows_keep_to_their_width(given: list[in
     assert all(len(part) == 1 or len(part) * max(part) <= most for part in fills)
     flat = [fill for part in fills for fill in part]
     assert flat == sorted(flat, reverse=True)
-    assert sum(fill <= 20 for fill in flat) <= 1  # two would have been one row
+    alone = len(given) * max(given)
+    assert len(flat) * max(flat) <= alone
+
+
+def test_sequences_of_one_length_stay_alone_and_others_fill_up():
+    lengths = np.array([44] * 16 + [256])
+    assert [[len(row) for row in rows] for rows in pack(np.arange(16), lengths, 10_000)] == [[1] * 16]
+    lengths = np.array([256, *range(40, 72)])
+    ((first, *others),) = list(pack(np.arange(33), lengths, 10_000))
+    assert first.tolist() == [0]
+    assert len(others) == 8  # four of 40 to 71 in each
 
 
 def test_rows_hold_sequences_one_behind_the_other(chat_bases: Bases, chats: Path, tmp_path: Path):
@@ -132,7 +142,7 @@ def test_sequences_of_one_token_and_of_a_whole_row_agree(chat_bases: Bases, chat
     rows = [[Encoded([40 + (3 * n + at) % 50 for at in range(n)], [41 + at % 50 for at in range(n)])] for n in lengths]
     for ready in (unpacked, packed):
         ready.tokens["train"] = in_memory(rows)
-    assert [[len(row) for row in part] for part in pack(np.arange(8), np.array(lengths), 1000)] == [[1, 2, 2, 3]]
+    assert [[len(row) for row in part] for part in pack(np.arange(8), np.array(lengths), 1000)] == [[1, 1, 1, 5]]
     require_same(step(packed), step(unpacked))
 
 

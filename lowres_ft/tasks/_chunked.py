@@ -16,6 +16,8 @@ the logits are the model's own, at all tokens that count at once.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from operator import mul, pos
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -83,8 +85,10 @@ class _Hidden:
 
     def chunks(self) -> "Iterator[tuple[Tensor, Tensor]]":
         """Yield states and targets of a few tokens at a time."""
+        import torch
+
         tokens = max(1, LOGITS[self.states.device.type] // self.vocabulary)
-        return zip(self.states.split(tokens), self.targets.split(tokens), strict=True)
+        return zip(torch.split(self.states, tokens), torch.split(self.targets, tokens), strict=True)
 
     def logits(self, states: "Tensor") -> "Tensor":
         """(n, V) in the dtype of the model."""
@@ -157,17 +161,17 @@ def _after(model: "PreTrainedModel", raw: "Tensor", found: "Tensor") -> "After |
 
 def _known(config: Any) -> "Iterator[After]":
     """What the fields of a config may mean for logits; last, that nothing is done."""
+    for functions, names in ((_capped, _CAPS), (mul, _FACTORS), (_divided, _DIVISORS)):
+        yield from (partial(functions, value) for name in names if (value := getattr(config, name, None)))
+    yield pos
 
-    def values(names: tuple[str, ...]) -> Iterator[float]:
-        return (float(value) for name in names if (value := getattr(config, name, None)))
 
-    for cap in values(_CAPS):
-        yield lambda x, cap=cap: (x / cap).tanh() * cap
-    for factor in values(_FACTORS):
-        yield lambda x, factor=factor: x * factor
-    for divisor in values(_DIVISORS):
-        yield lambda x, divisor=divisor: x / divisor
-    yield lambda x: x
+def _capped(cap: float, logits: "Tensor") -> "Tensor":
+    return (logits / cap).tanh() * cap
+
+
+def _divided(divisor: float, logits: "Tensor") -> "Tensor":
+    return logits / divisor
 
 
 def _summed(hidden: _Hidden) -> "Tensor":
