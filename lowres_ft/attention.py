@@ -75,8 +75,17 @@ def implementation(kernels: Mapping[int, Kernel]) -> str:
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, *, keep: bool) -> Tensor:
-    """(B, H, T, D) queries, (B, G, S, D) keys and values, a mask to add, (B, 1, T, S): (B, T, H, D)."""
-    found: Tensor = _Products.apply(query, key, value, mask, scaling, keep)  # type: ignore[no-untyped-call]
+    """(B, H, T, D) queries, (B, G, S, D) keys and values, a mask to add, (B, 1, T, S): (B, T, H, D).
+
+    Under autocast it computes in its dtype, also where rotary positions left queries and keys in fp32.
+    """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (part.to(torch.get_autocast_dtype(kind)) for part in (query, key, value))
+    if mask is not None and mask.dtype != query.dtype:  # -inf would make NaN of a row that sees nothing
+        mask = mask.clamp_min(torch.finfo(query.dtype).min).to(query.dtype)
+    with torch.autocast(kind, enabled=False):
+        found: Tensor = _Products.apply(query, key, value, mask, scaling, keep)  # type: ignore[no-untyped-call]
     return found.transpose(1, 2)
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
-from lowres_ft import bases, model, profiles, recipe
+from lowres_ft import bases, behaviour, model, profiles, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
@@ -144,7 +144,7 @@ class Bundle:
                 adapted.restore(read_adapter(self.folder / ADAPTER))
             except ModelError as error:
                 raise BundleError(f"{self.folder / ADAPTER}: {error.message}") from error
-        return adapted, plan
+        return adapted, behaviour.revise(adapted, plan)[0]
 
     def probe(self) -> Probe | None:
         """The probe rows; None where the bundle was made without."""

@@ -17,11 +17,15 @@ class DropoutKeys:
         self.seed = seed
         self.step = 0
         self.rows: Tensor | None = None
+        self.places: Tensor | None = None
         self.length = 0
 
-    def set(self, step: int, rows: Tensor, length: int) -> None:
-        """Turn dropout on for a micro-batch of `rows` (B,), padded to `length` tokens."""
-        self.step, self.rows, self.length = step, rows, length
+    def set(self, step: int, rows: Tensor, length: int, places: Tensor | None = None) -> None:
+        """Turn dropout on for a micro-batch of `rows` (B,), padded to `length` tokens.
+
+        Where several sequences share a row, `rows` (B, T) tells the one of each token, and `places` (B, T) its place.
+        """
+        self.step, self.rows, self.length, self.places = step, rows, length, places
 
     def clear(self) -> None:
         """Turn dropout off."""
@@ -34,14 +38,15 @@ class DropoutMask:
     def __init__(self, keys: DropoutKeys, name_key: int, probability: float, shape: torch.Size) -> None:
         assert keys.rows is not None
         batch, length = len(keys.rows), keys.length
-        self.positions = shape[1] if len(shape) > 2 else 1
-        if tuple(shape[:-1]) in ((batch, length), (batch,)):
-            self.rows = keys.rows
-        elif tuple(shape[:-1]) == (batch * length,):  # texts one behind the other, as OPT flattens them
-            self.rows, self.positions = keys.rows, length
+        self.rows, self.places = keys.rows.reshape(batch, -1), keys.places
+        if tuple(shape[:-1]) in ((batch, length), (batch * length,)):  # OPT flattens texts, one behind the other
+            self.positions = length
+        elif tuple(shape[:-1]) == (batch,) and keys.places is None:
+            self.positions = 1
         elif shape[0] == 1:
             # An input that all examples share, such as DeBERTa's relative positions, is keyed by the step alone.
-            self.rows = torch.full((1,), -1, device=keys.rows.device)
+            self.rows, self.places = torch.full((1, 1), -1, device=keys.rows.device), None
+            self.positions = shape[1] if len(shape) > 2 else 1
         else:
             raise ModelError(
                 f"an adapted layer gets an input of shape {tuple(shape)} for {batch} texts of {length} tokens, "
@@ -64,8 +69,8 @@ class DropoutMask:
         A counter-based hash: each element follows from its key, row, position and feature. It goes on the bits of x,
         as comparing and multiplying cost a processor more (MiniLM, dropout 0.1: 5,155 against 4,258 tokens/s).
         """
-        position = torch.arange(self.positions, device=device)
-        row = _mix_tensor(_mix_tensor(self.rows.to(device) ^ _signed(self.key))[:, None] + position)
+        position = torch.arange(self.positions, device=device) if self.places is None else self.places.to(device)
+        row = _mix_tensor(_mix_tensor(self.rows.to(device) ^ _signed(self.key)) + position)
         feature = _mix_tensor(torch.arange(self.features, device=device))
         bits = row.reshape(-1, 1).to(torch.int32) ^ feature.to(torch.int32)
         for factor, shift in ((0x7FEB352D, 15), (0x2C1B3C6D, 13)):

@@ -14,6 +14,7 @@ from lowres_ft import (
     assets,
     bases,
     batches,
+    behaviour,
     bundle,
     card,
     data,
@@ -180,12 +181,13 @@ def _prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, liste
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
-    files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
     adapted = model.load(resolved, base, profile, plan)
+    plan, revised = behaviour.revise(adapted, plan)
+    files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage("tokenizing"))
     tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
-    told = [batches.told(name, split) for name, split in tokens.items() if split.left_out]
+    told = [*revised, *(batches.told(name, split) for name, split in tokens.items() if split.left_out)]
     for text in told:
         listen(Note(text))
     return _Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told))

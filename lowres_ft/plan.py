@@ -13,7 +13,7 @@ from lowres_ft.spec import Spec
 
 _TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
 _LOGITS = {"cpu": 2**27, "mps": 2**27, "cuda": 2**29}
-"""Tokens x vocabulary that a model that writes passes at once: in fp32 half a GiB or two, and its gradient as much."""
+"""Tokens x vocabulary that stand in memory whole at the most: in fp32 half a GiB or two, and their gradient as much."""
 
 
 class Plan(Spec):
@@ -37,6 +37,8 @@ class Plan(Spec):
     """Of products: the kernel for rows of up to so many tokens, as it was timed here; longer ones take the fused."""
     fused_optimizer: bool
     """AdamW in one kernel."""
+    packing: bool
+    """Several sequences share a row of a micro-batch, without seeing each other."""
     pinned_cut: bool
     """True where dropout inside the base ties the result to this very cut."""
 
@@ -44,7 +46,6 @@ class Plan(Spec):
 def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | None = None) -> Plan:
     """Decide how a machine runs a recipe; what would be timed is as in a plan that it is to be `like`."""
     tokens = _TOKENS[machine.kind]
-    most = _LOGITS[machine.kind] // max(1, profile.vocabulary) if recipe.task.generates else 2 * tokens
     dtype = machine.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
     own = machine.kind == "cpu" and profile.own_attention
     kernels: dict[int, Kernel] = {}
@@ -56,11 +57,12 @@ def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | Non
         dtype=dtype,
         threads=machine.threads,
         processes=machine.processes,
-        micro_batch_tokens=min(tokens, most),
-        evaluation_tokens=min(2 * tokens, most),
+        micro_batch_tokens=tokens,
+        evaluation_tokens=2 * tokens,
         attention="products" if own else "sdpa" if profile.fused_attention else "eager",
         attention_kernels=kernels,
         fused_optimizer=machine.kind != "mps",
+        packing=False,  # steps of like lengths hold little padding, and a mask costs more than it
         pinned_cut=recipe.model.dropout > 0,
     )
 
@@ -76,3 +78,10 @@ def _kernels(recipe: Recipe, profile: Profile, machine: Machine, dtype: Dtype, t
         lambda: attention.fastest(heads, getattr(torch, dtype), longest, tokens),
     )
     return {int(length): kernel for length, kernel in found.items()}
+
+
+def for_whole_logits(plan: Plan, vocabulary: int) -> Plan:
+    """The plan for a model that writes whose logits, tokens x vocabulary, all stand in memory."""
+    most = _LOGITS[plan.device.partition(":")[0]] // max(1, vocabulary)
+    tokens = {name: min(most, getattr(plan, name)) for name in ("micro_batch_tokens", "evaluation_tokens")}
+    return plan.model_copy(update=tokens)

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres_ft.batches import Tokens, collate, cut, steps, steps_per_epoch
+from lowres_ft.batches import Tokens, steps, steps_per_epoch
 from lowres_ft.device import Machine, sum_over_processes
 from lowres_ft.errors import TrainingError
 from lowres_ft.model import Adapted
+from lowres_ft.packing import micro_batches
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe, TrainSpec
+from lowres_ft.tasks.base import Batch
 
 _FIRST_LOSS_SCALE = 2.0**14
 _SCALE_GROWS_AFTER = 1000  # steps without an overflow
@@ -181,8 +183,8 @@ def _gradients(
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64)  # on the processor: MPS has no float64
-        for part in cut(mine, tokens.lengths, plan.micro_batch_tokens):
-            summed = _backward(state, tokens, part, state.loss_scale / count)
+        for part, batch in micro_batches(mine, tokens, plan, state.adapted):
+            summed = _backward(state, batch, state.loss_scale / count)
             if not math.isfinite(summed):
                 raise TrainingError(_not_finite("loss", state.step, rate, tokens.where(part)), hint=_NOT_FINITE_HINT)
             loss += summed / count
@@ -195,13 +197,12 @@ def _gradients(
             return float(loss)
 
 
-def _backward(state: TrainState, tokens: Tokens, positions: np.ndarray, scale: float) -> float:
+def _backward(state: TrainState, batch: Batch, scale: float) -> float:
     """Add the gradient of a micro-batch's summed loss times `scale`; return that sum."""
     adapted = state.adapted
-    batch = collate(tokens, positions, adapted)
     if adapted.model.training:  # dropout inside the base draws from here, whatever was drawn before
-        torch.manual_seed(hash((state.spec.seed, state.step, int(positions[0]))))
-    adapted.keys.set(state.step, batch.rows, batch.ids.shape[1])
+        torch.manual_seed(hash((state.spec.seed, state.step, int(batch.rows.flatten()[0]))))
+    adapted.keys.set(state.step, batch.rows, batch.ids.shape[1], batch.places)
     try:
         with adapted.computing():
             loss = adapted.task.loss(adapted.model, batch)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lowres_ft import bases as base_module
-from lowres_ft import batches, data, device, model, profiles, train
+from lowres_ft import batches, behaviour, data, device, model, profiles, train
 from lowres_ft import plan as plans
 from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
@@ -123,6 +123,7 @@ def prepare(recipe: Recipe, work: Path, **plan_changes: object) -> Prepared:
     profile = profiles.profile(base, rows.task)
     plan = plans.make(resolved, profile, machine).model_copy(update=plan_changes)
     adapted = model.load(resolved, base, profile, plan)
+    plan, _ = behaviour.revise(adapted, plan)
     tokens = {name: batches.tokenize(adapted, split, work / name) for name, split in rows.splits().items()}
     return Prepared(resolved, adapted, tokens, plan, machine)
 

@@ -15,8 +15,8 @@ LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods clean",
     "recipe assets gguf starters",
-    "device dropout storage factorize linear attach attention timings behaviour quantize model data batches plan bases"
-    " readers formats profiles guess splits",
+    "device dropout storage factorize linear attach attention timings behaviour quantize model data batches packing"
+    " plan bases readers formats profiles guess splits",
     "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs",
     "cli __main__",

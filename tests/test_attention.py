@@ -49,6 +49,18 @@ def test_products_equal_attention_and_its_gradients(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_row_that_sees_nothing_is_no_nan_in_16_bits():
+    mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float32).min)
+    q, k, v = (torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention.products(q, k, v, mask, 1.0, keep=True)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_is_kept_is_what_the_kernel_says(keep: bool):
     inputs = [torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3)]

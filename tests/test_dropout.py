@@ -76,6 +76,28 @@ def test_texts_that_are_flattened_one_behind_the_other_get_the_same_mask():
     torch.testing.assert_close(layer(torch.ones(10, 64)).view(2, 5, 64), layer(torch.ones(2, 5, 64)))
 
 
+@pytest.mark.parametrize("shape", [(2, 8), (16,)])
+def test_a_packed_token_gets_the_mask_that_it_gets_alone(shape: tuple[int, ...]):
+    layer = identity(0.5)
+    alone = {row: masks(layer, 4, [row], length=5)[0] for row in (11, 5, 8, 2)}
+    rows, places = (
+        torch.tensor([[11, 11, 11, 5, 5, 5, 5, 5], [8, 8, 8, 8, 2, 2, 2, 0]]),
+        torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 0]]),
+    )
+    layer.keys.set(4, rows, 8, places)
+    seen = layer(torch.ones(*shape, 64)).view(2, 8, 64)
+    packed = [seen[0, :3], seen[0, 3:], seen[1, :4], seen[1, 4:7]]
+    for row, found in zip((11, 5, 8, 2), packed, strict=True):
+        torch.testing.assert_close(found, alone[row][: len(found)])
+
+
+def test_a_summary_of_packed_sequences_cannot_be_keyed():
+    layer = identity(0.5)
+    layer.keys.set(2, torch.tensor([[1, 1, 2], [3, 3, 3]]), 3, torch.tensor([[0, 1, 0], [0, 1, 2]]))
+    with pytest.raises(ModelError, match=r"shape \(2, 64\) for 2 texts of 3 tokens"):
+        layer(torch.ones(2, 64))
+
+
 def test_without_keys_there_is_no_dropout():
     layer = identity(0.5)
     torch.testing.assert_close(layer(torch.ones(2, 64)), torch.ones(2, 64))

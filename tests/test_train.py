@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowres_ft import train as training
-from lowres_ft.batches import cut, steps, steps_per_epoch
+from lowres_ft.batches import collate, cut, steps, steps_per_epoch
 from lowres_ft.errors import TrainingError
 from lowres_ft.recipe import EarlyStopping, TrainSpec
 from lowres_ft.train import TrainState, learning_rate, train
@@ -75,7 +75,7 @@ def test_the_loss_is_the_mean_over_the_steps_items(bases: Bases, reviews: Path, 
     first = next(train(state, prepared.tokens["train"], prepared.plan, prepared.machine))
     prepared = prepare(recipe(bases(), reviews), tmp_path / "again")
     positions = next(steps(prepared.tokens["train"], 7, 7))
-    batch = training.collate(prepared.tokens["train"], positions, prepared.adapted)
+    batch = collate(prepared.tokens["train"], positions, prepared.adapted)
     logits = prepared.adapted.model(input_ids=batch.ids, attention_mask=batch.mask).logits
     expected = torch.nn.functional.cross_entropy(logits, batch.targets[:, 0])
     assert first.loss == pytest.approx(expected.item(), rel=1e-5)

@@ -47,6 +47,13 @@ MORE: dict[str, dict[str, Any]] = {
     "deberta": _ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64},
     "opt": _ENCODER | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": _ENCODER,
+    "gemma2": _DECODER | {"final_logit_softcapping": 2.0},
+    "granite": _DECODER | {"logits_scaling": 4.0},
+    "hyperclovax": _DECODER | {"logits_scaling": 0.25},
+    "cohere": _DECODER | {"logit_scale": 0.25},
+    "falcon_h1": _DECODER
+    | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.5},
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
 }
 """Architectures that are not among those promised, each for a trait of its own."""

@@ -151,9 +151,9 @@ def base(
     folder: Path, architecture: str = "llama", *, form: str | None = None, tied: bool = True, **changes: Any
 ) -> Path:
     """Write a whole language model, as it is published."""
-    words = tokenizer(form or BASES[architecture])
+    words = tokenizer(form or BASES.get(architecture, "smollm2"))
     positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
-    fields = tiny.ARCHITECTURES[architecture] | {positions: 256, "vocab_size": len(words)}
+    fields = (tiny.ARCHITECTURES | tiny.MORE)[architecture] | {positions: 256, "vocab_size": len(words)}
     fields |= {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "tie_word_embeddings": tied}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(

@@ -78,9 +78,11 @@ class Batch:
     targets: "Tensor"
     """(B, D) class indices or floats, `IGNORED` (NaN) where there is no item; D is T where each token has a target."""
     rows: "Tensor"
-    """(B,) positions of the sequences in their split; they key the adapter's dropout."""
+    """(B,) positions of the sequences in their split, packed (B, T) of each token's; they key the adapter's dropout."""
     segments: "Tensor | None" = None
     """(B, T) which of two texts each token is of, for models that are told."""
+    places: "Tensor | None" = None
+    """(B, T) each token's place in its sequence, where several are packed into a row."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class Task(Spec):
     """Whether a greater `metric` is a better one."""
     spans_refer_to_text: ClassVar[bool] = False
     """True where an answer holds places in the text as given, so that nothing may move its characters."""
+    packs: ClassVar[bool] = False
+    """True where each token has a target of its own and sees no later one, so that a row can hold several sequences."""
     base_is_baseline: ClassVar[bool] = False
     """True where the untouched base can do the task, so that its scores before training are a baseline."""
     baseline_rows: ClassVar[int] = 100_000
@@ -213,19 +217,11 @@ class Task(Spec):
         raise NotImplementedError
 
     def question(self, row: Mapping[str, Any], where: str) -> Any:
-        """Make an example to predict on, of a row without what is wanted.
-
-        Raises:
-            DataError: The row cannot be one.
-        """
+        """Make an example to predict on, of a row without what is wanted; a DataError where it cannot be one."""
         return self.read(row, where)
 
     def bare(self, text: str, where: str) -> Any:
-        """Make an example of a text alone, to predict on.
-
-        Raises:
-            DataError: A text alone is no example.
-        """
+        """Make an example of a text alone, to predict on; a DataError where that is no example."""
         return self.question({"text": text}, where)
 
     def cleaned(self, example: Any, clean: Callable[[str], str]) -> Any:

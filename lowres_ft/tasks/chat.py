@@ -1,7 +1,6 @@
 """Chat: answers to messages, learned from conversations."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from lowres_ft.clean import require_left
 from lowres_ft.errors import DataError, ModelError
-from lowres_ft.tasks import _messages, _templates
+from lowres_ft.tasks import _chunked, _messages, _templates
 from lowres_ft.tasks._messages import Message
 from lowres_ft.tasks._templates import Rendered
 from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Form, Ragged, Task
@@ -57,6 +56,7 @@ class Chat(Task):
     in_every_part: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = False
     metric_noise: ClassVar[float] = 1e-3
+    packs: ClassVar[bool] = True
     base_is_baseline: ClassVar[bool] = True
 
     @property
@@ -137,21 +137,15 @@ class Chat(Task):
         return [[Encoded(ids, _next(ids, [True] * len(ids)))] for ids in tokens if len(ids) > 1]
 
     def loss(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
-        from torch.nn.functional import cross_entropy
-
-        wanted = batch.targets != IGNORED
-        return cross_entropy(_logits(model, batch, wanted), batch.targets[wanted], reduction="sum")
+        return _chunked.loss(model, batch, batch.targets != IGNORED)
 
     def outputs(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
         """(B, T, 2): the loss of each item, and 1 where its token is the likeliest."""
         import torch
-        from torch.nn.functional import cross_entropy
 
         wanted = batch.targets != IGNORED
-        logits, targets = _logits(model, batch, wanted), batch.targets[wanted]
-        found = torch.zeros(*wanted.shape, 2, device=logits.device)
-        loss = cross_entropy(logits, targets, reduction="none")
-        found[wanted] = torch.stack([loss, (logits.argmax(-1) == targets).float()], dim=-1)
+        found = torch.zeros(*wanted.shape, 2, device=wanted.device)
+        found[wanted] = _chunked.outputs(model, batch, wanted)
         return found
 
     def logits(self, model: "PreTrainedModel", batch: Batch) -> "Tensor":
@@ -160,7 +154,7 @@ class Chat(Task):
 
         last = torch.zeros_like(batch.mask, dtype=torch.bool)
         last[torch.arange(len(last)), batch.mask.sum(1) - 1] = True
-        return _logits(model, batch, last)
+        return _chunked.logits(model, batch, last)
 
     def evidence(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
         """(R, 3): the sum of the losses, the tokens that were the likeliest, and all tokens."""
@@ -242,21 +236,3 @@ def _bare(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     normalizer = tokenizer.backend_tokenizer.normalizer
     written = text if normalizer is None else normalizer.normalize_str(text)
     return "".join(written.replace("\u2581", " ").split())  # SentencePiece's mark for a space
-
-
-@contextmanager
-def _only(model: "PreTrainedModel", wanted: "Tensor") -> "Iterator[None]":
-    """Let the output layer see the wanted positions (B, T) alone: logits of a vocabulary are large."""
-    layer = model.get_output_embeddings()
-    handle = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][wanted][None],))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _logits(model: "PreTrainedModel", batch: Batch, wanted: "Tensor") -> "Tensor":
-    """(n, V) fp32 logits at the n wanted positions."""
-    with _only(model, wanted):
-        found: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    return found[0].float()
