@@ -162,7 +162,9 @@ def _print(record: dict[str, Any], console: Console) -> int:
     for one in table.tables(record):
         console.print(one)
         console.print()
-    wrong = [f"{one['work']}, {one['contender']}: failed: {one['error']}" for one in record["failures"]]
+    wrong = [
+        f"{one['work']}, {one['contender']}: failed: {one['error'].splitlines()[-1]}" for one in record["failures"]
+    ]
     wrong += table.disagreements(record)
     for sentence in wrong:
         console.print(f"error: {sentence}", markup=False)

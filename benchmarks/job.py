@@ -45,7 +45,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """Steps, the untimed ones too."""
-        return self.work.warmup + self.work.steps
+        return self.work.warmup + max(1, self.work.steps // self.contender.part)
 
     @property
     def learning_rate(self) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import limit, works
+from benchmarks import flops, works
 from benchmarks.works import SEED, Work
 from lowres_ft import bases, data, device, model
 from lowres_ft.data import Rows
@@ -91,7 +91,7 @@ def _counts(sequences: list[tuple[list[int], list[Any]]]) -> dict[str, float]:
 
 def _flops(recipe: Recipe, sequences: list[tuple[list[int], list[Any]]], work: Work) -> float:
     """Useful FLOPs of a real token, on the average over all rows."""
-    cost = limit.cost(recipe)
+    cost = flops.cost(recipe)
     total = 0.0
     for ids, targets in sequences:
         supervised = sum(target != IGNORED for target in targets)

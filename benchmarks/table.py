@@ -22,10 +22,9 @@ class Spread:
     high: float
 
     def told(self, shown: Callable[[float], str]) -> str:
-        """Median and range, or the median alone where there is no range."""
-        if self.low == self.high:
-            return shown(self.median)
-        return f"{shown(self.median)} [{shown(self.low)}, {shown(self.high)}]"
+        """Median and range, or the median alone where the range cannot be seen."""
+        low, high = shown(self.low), shown(self.high)
+        return shown(self.median) if low == high else f"{shown(self.median)} [{low}, {high}]"
 
 
 def spread(values: Mapping[int, float]) -> Spread | None:
@@ -86,7 +85,8 @@ def _differs(measured: Measured, work: Work, contender: Contender) -> Iterator[s
             f"the loss is {losses[0].median:.3f}, that of {ours.name} {losses[1].median:.3f}; "
             f"they may differ by {work.tolerance}"
         )
-    for figure in ("trainable_parameters", "all_tokens")[: 1 if contender.packed else 2]:
+    same = {"trainable_parameters": not work.predicts, "all_tokens": not contender.packed}
+    for figure in (figure for figure, needed in same.items() if needed):
         found = {*by_repeat(measured, contender.name, figure).values()}
         expected = {*by_repeat(measured, ours.name, figure).values()}
         if found and expected and found != expected:

@@ -1,10 +1,12 @@
-"""lowres-ft, along the path of `lowres-ft recipe` and of `lowres-ft predict`."""
+"""lowres-ft, along the path of `lowres-ft recipe` and of `lowres-ft predict`.
+
+As there, lowres_ft is imported before PyTorch, which reads what it sets.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from benchmarks.job import Clock, Job, Made
 from lowres_ft import batches, data, device, evaluate, pipeline, train
@@ -13,6 +15,9 @@ from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe, load_recipe
 from lowres_ft.runs import run_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run(job: Job, clock: Clock) -> Made:
@@ -60,7 +65,7 @@ def _made(adapted: Adapted, plan: Plan) -> Made:
     held = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known]
     adapters = [model.get_submodule(name) for name in adapted.adapted]
 
-    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+    def logits(ids: "Tensor", mask: "Tensor") -> "Tensor":
         with adapted.computing():
             found: Tensor = model(input_ids=ids, attention_mask=mask).logits
         return found

@@ -108,7 +108,9 @@ def _model(job: Job) -> Any:
     if even:
         options |= dict.fromkeys(_NO_DROPOUT, 0.0)
     if int8:
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": job.device}}
+        # PEFT cannot train a copy of a head that is quantized: 'Parameter' object has no attribute 'CB'.
+        quantized = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
+        options |= {"quantization_config": quantized, "device_map": {"": job.device}}
     model = AutoModelForSequenceClassification.from_pretrained(job.base, **options)
     if job.work.predicts:
         return PeftModel.from_pretrained(model, str(job.folder / "adapter"))

@@ -35,5 +35,5 @@ def run(job: Job, clock: Clock) -> Made:
 
 def _packed_rows(job: Job) -> int:
     """Packed rows in a batch that hold about as many texts as a batch of texts does."""
-    tokens = job.prepared["mean_tokens"] * job.work.batch_size
-    return max(1, round(tokens / job.prepared["max_length"]))
+    tokens = float(job.prepared["mean_tokens"]) * job.work.batch_size
+    return max(1, round(tokens / int(job.prepared["max_length"])))
