@@ -1,7 +1,7 @@
 """Medians, ratios, goals and agreement of a record, and their tables. A record is what `--out` writes."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,19 @@ Measured = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a figure is shown."""
+
+    digits: str
+    scale: float = 1.0
+    unit: str = ""
+
+    def number(self, value: float) -> str:
+        """The number, without its unit."""
+        return format(value * self.scale, self.digits)
+
+
+@dataclass(frozen=True)
 class Spread:
     """A figure over all repeats."""
 
@@ -21,10 +34,11 @@ class Spread:
     low: float
     high: float
 
-    def told(self, shown: Callable[[float], str]) -> str:
+    def told(self, form: Form) -> str:
         """Median and range, or the median alone where the range cannot be seen."""
-        low, high = shown(self.low), shown(self.high)
-        return shown(self.median) if low == high else f"{shown(self.median)} [{low}, {high}]"
+        low, high = form.number(self.low), form.number(self.high)
+        spread = "" if low == high else f" [{low}, {high}]"
+        return f"{form.number(self.median)}{spread}{form.unit}"
 
 
 def spread(values: Mapping[int, float]) -> Spread | None:
@@ -116,22 +130,22 @@ def _caption(work: Work, measured: Measured) -> str:
     limits = {
         name: spread({limit["repeat"]: limit[name] for limit in measured["limits"]}) for name in ("float32", "bfloat16")
     }
-    told = ", ".join(f"{name} {one.told(_flops)}" for name, one in limits.items() if one)
+    told = ", ".join(f"{name} {one.told(_FLOPS)}" for name, one in limits.items() if one)
     steps = "" if work.predicts else f"{measured['steps']} timed steps of {work.batch_size}, "
     return f"{steps}{facts['rows']:,} rows of {facts['mean_tokens']:.0f} tokens; products: {told}"
 
 
 def _cells(work: Work, measured: Measured, contender: Contender) -> Iterator[str]:
-    shown = {"tokens/s": _count, "memory": _gigabytes, "growth": _gigabytes, "loss": _loss}
+    shown = {"tokens/s": _COUNT, "memory": _GIGABYTES, "growth": _GIGABYTES, "loss": _LOSS}
     for figure, form in shown.items():
         found = spread(by_repeat(measured, contender.name, figure))
         yield found.told(form) if found else ""
     found = None if contender.full else spread(share(measured, contender))
-    yield found.told(_percent) if found else ""
+    yield found.told(_PERCENT) if found else ""
     for figure in ("tokens/s", "memory"):
         ours = reference(work, contender)
         found = None if contender.family == "ours" else spread(ratio(measured, ours.name, contender.name, figure))
-        yield found.told(_times) if found else ""
+        yield found.told(_TIMES) if found else ""
 
 
 def _goal_table(record: Mapping[str, Any]) -> Table:
@@ -141,42 +155,24 @@ def _goal_table(record: Mapping[str, Any]) -> Table:
     for goal in GOALS:
         found = reached(goal, record["works"][goal.work]) if goal.work in record["works"] else None
         if found:
-            form = _percent if goal.figure == "share of limit" else _times
+            form = _PERCENT if goal.figure == "share of limit" else _TIMES
             sign = ">=" if goal.at_least else "<="
             peers = " or ".join(goal.peers)
             verdict = "met" if goal.met(found.median) else "missed"
-            bound = f"{sign} {form(goal.bound)}"
+            bound = f"{sign} {form.number(goal.bound)}{form.unit}"
             table.add_row(goal.work, goal.ours, peers, _FIGURES[goal.figure], bound, found.told(form), verdict)
     return table
 
 
+_COUNT = Form(",.0f")
+_GIGABYTES = Form(".2f", 1e-9, " GB")
+_LOSS = Form(".3f")
+_PERCENT = Form(".1f", 100, " %")
+_TIMES = Form(".2f", 1, "x")
+_FLOPS = Form(",.0f", 1e-9, " GFLOP/s")
 _FIGURES: Mapping[Figure, str] = {
     "tokens/s": "tokens/s",
     "memory": "peak memory",
     "weights": "bytes of the adapted layers' weights",
     "share of limit": "share of the product's rate",
 }
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _gigabytes(value: float) -> str:
-    return f"{value / 1e9:.2f} GB"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def _flops(value: float) -> str:
-    return f"{value / 1e9:,.0f} GFLOP/s"
