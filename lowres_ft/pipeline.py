@@ -121,7 +121,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """All that training needs."""
 
     recipe: Recipe
@@ -143,7 +143,7 @@ class _Draft:
 
 def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
-    ready = _prepare(resolved, rows, machine, place, listen)
+    ready = prepare(resolved, rows, machine, place, listen)
     contrast = before = None
     if resolved.task.base_is_baseline and not machine.rank:
         listen(Stage("asking the untouched base"))
@@ -171,7 +171,7 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
     return _written(ready, found, machine, place)
 
 
-def _prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Ready:
+def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener = unheard) -> Ready:
     """Load the base and tokenize the rows; what cannot work is told before any weight is read."""
     base = bases.resolve(resolved.model, _progress(listen))
     profile = profiles.profile(base, resolved.task)
@@ -190,10 +190,10 @@ def _prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, liste
     told = [*revised, *(batches.told(name, split) for name, split in tokens.items() if split.left_out)]
     for text in told:
         listen(Note(text))
-    return _Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told))
+    return Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told))
 
 
-def _tuned(ready: _Ready, predicted: dict[str, Ragged]) -> _Ready:
+def _tuned(ready: Ready, predicted: dict[str, Ragged]) -> Ready:
     """Let the task choose on validation what it chooses after training."""
     if "validation" not in predicted:
         return ready
@@ -203,7 +203,7 @@ def _tuned(ready: _Ready, predicted: dict[str, Ragged]) -> _Ready:
     )
 
 
-def _written(ready: _Ready, found: dict[str, Any], machine: Machine, place: Place) -> _Draft:
+def _written(ready: Ready, found: dict[str, Any], machine: Machine, place: Place) -> _Draft:
     """Write the bundle but for what `bundle.seal` writes."""
     adapted, resolved = ready.adapted, ready.recipe
     passport = bundle.passport(adapted, resolved, ready.plan, machine, found["scores"], ready.rows.fingerprint())
@@ -221,7 +221,7 @@ def _written(ready: _Ready, found: dict[str, Any], machine: Machine, place: Plac
     return _Draft(draft, probe, None if probe is None else probe.logits(adapted))
 
 
-def _require_same_tokens(folder: Path, ready: _Ready) -> None:
+def _require_same_tokens(folder: Path, ready: Ready) -> None:
     """See that the tokenizer that was written, loaded again, makes the ids that were trained on.
 
     Raises:
@@ -235,7 +235,7 @@ def _require_same_tokens(folder: Path, ready: _Ready) -> None:
         raise BundleError("the tokenizer, saved and loaded again, reads the training rows differently")
 
 
-def _fit(ready: _Ready, machine: Machine, place: Place, listen: Listener) -> Measured:
+def _fit(ready: Ready, machine: Machine, place: Place, listen: Listener) -> Measured:
     """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model."""
     adapted, tokens, plan = ready.adapted, ready.tokens, ready.plan
     state = train.start(ready.recipe, adapted, tokens["train"], plan)
@@ -260,7 +260,7 @@ def _fit(ready: _Ready, machine: Machine, place: Place, listen: Listener) -> Mea
 
 
 def _scores(
-    ready: _Ready, predicted: dict[str, Ragged], base: Ragged | None
+    ready: Ready, predicted: dict[str, Ragged], base: Ragged | None
 ) -> tuple[dict[str, Scores], dict[str, Baseline]]:
     """Scores of each held-out split, of a published one also without the texts of train, and the baselines' on test.
 
