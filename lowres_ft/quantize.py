@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lowres_ft import libraries
 from lowres_ft.errors import ModelError
 from lowres_ft.profiles import Profile
-from lowres_ft.storage import NF4_BLOCK, Int8, Nf4, Storage
+from lowres_ft.storage import NESTED_BLOCK, NF4_BLOCK, Int8, Nested, Nf4, Storage
 
 
 def loading_options(quantize: str, device: str, keep: tuple[str, ...]) -> dict[str, Any]:
@@ -32,7 +32,9 @@ def loading_options(quantize: str, device: str, keep: tuple[str, ...]) -> dict[s
 
 def config_fields(quantize: str) -> dict[str, Any]:
     """What transformers' BitsAndBytesConfig says of a format."""
-    return {"load_in_8bit": True} if quantize == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    if quantize == "int8":
+        return {"load_in_8bit": True}
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 def require_widths(profile: Profile, quantize: str) -> None:
@@ -62,17 +64,18 @@ def storage(module: nn.Module) -> Storage | None:
     if not isinstance(weight, Tensor):
         return None
     if (absmax := getattr(weight, "SCB", None)) is not None:
-        return Int8(weight.data, absmax.float() / 127)
+        return Int8(weight.data, absmax)
     if (state := getattr(weight, "quant_state", None)) is not None:
         return _nf4(weight.data, state)
     return None
 
 
 def _nf4(packed: Tensor, state: Any) -> Nf4:
-    """A base that was quantized elsewhere may hold its absolute maxima quantized too, or another 4-bit format."""
+    """A base that was quantized elsewhere may hold its absolute maxima in fp32, or another 4-bit format."""
     if state.quant_type != "nf4" or state.blocksize != NF4_BLOCK:
         raise ModelError(f"the base holds {state.quant_type} weights in blocks of {state.blocksize}, not nf4 of 64")
-    absmax = state.absmax
-    if state.nested:
-        absmax = libraries.bitsandbytes().functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    return Nf4(packed, absmax, state.shape)
+    if not state.nested:
+        return Nf4(packed, state.absmax, state.shape)
+    inner = state.state2
+    assert inner.blocksize == NESTED_BLOCK
+    return Nf4(packed, state.absmax, state.shape, Nested(inner.absmax, inner.code, state.offset))
