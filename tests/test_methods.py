@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowres_ft import device, quantize, registry
+from lowres_ft import device, reading, registry
 from lowres_ft.bundle import open_bundle
 from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.linear import AdaptedLinear
@@ -87,7 +87,7 @@ def test_training_goes_on_the_same_after_an_evaluation(bases: Bases, reviews: Pa
 def test_widths_that_nf4_cannot_hold_are_refused_before_anything_is_loaded(
     bases: Bases, reviews: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(quantize, "loading_options", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(reading, "options", lambda *_: pytest.fail("weights are read"))
     wanted = recipe(bases("gpt2", n_embd=96), reviews, "model.quantize=nf4")
     told = r"blocks of 64, which do not divide the 96 inputs of transformer.h.0.attn.c_attn \(and 5 more\)"
     for act in (lambda: rehearse(wanted, device_name="cpu"), lambda: run(wanted, tmp_path / "out", device_name="cpu")):
