@@ -1,6 +1,6 @@
 """int8 and nf4 weights in bitsandbytes' formats: made from plain ones, or taken over from its layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ def config_fields(quantize: str) -> dict[str, Any]:
     if quantize == "int8":
         return {"load_in_8bit": True}
     return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def foreign_config(form: str, keep: Sequence[str]) -> Any:
+    """What makes transformers and bitsandbytes quantize every linear layer but those in the modules to `keep`."""
+    require_library(form)
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**config_fields(form), llm_int8_skip_modules=list(keep))
 
 
 def form_of(config: Any) -> str | None:
