@@ -130,6 +130,7 @@ class Bundle:
             found = self.base(base, progress)
         dequantize = quantize == "none" and self.recipe.method.corrects_quantization
         changed: dict[str, Any] = {
+            "quantize_embeddings": quantize != "none" and self.recipe.model.quantize_embeddings,
             "quantize": self.passport.quantize if dequantize else quantize or self.passport.quantize,
             "dtype": dtype or self.passport.dtype,
         }

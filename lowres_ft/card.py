@@ -9,6 +9,7 @@ from lowres_ft.spec import figures
 from lowres_ft.tasks.base import Task
 
 _FIGURES = {"value", "low", "high", "count"}
+_EMBEDDINGS = "They load the base with its embeddings as they were published; lowres-ft alone holds those in int8."
 
 
 def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
@@ -25,6 +26,7 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
         f"With lowres-ft: `lowres-ft predict . {trial}`; `lowres-ft verify .` checks files and logits.",
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
         f"```python\n{_lines(bundle, pad_token_id)}\n```",
+        _EMBEDDINGS if bundle.recipe.model.quantize_embeddings else "",
         bundle.recipe.task.advice,
         f"Texts are cleaned first ({cleaners}): lowres-ft does so by itself, other programs must." if cleaners else "",
     ]
@@ -39,7 +41,10 @@ def _front_matter(bundle: Bundle) -> dict[str, Any]:
 
 
 def _method(bundle: Bundle) -> str:
-    held = "" if bundle.passport.quantize == "none" else f", base in {bundle.passport.quantize}"
+    form = bundle.passport.quantize
+    held = "" if form == "none" else f", base in {form}"
+    if bundle.recipe.model.quantize_embeddings:
+        held = ", base and embeddings in int8" if form == "int8" else f"{held}, embeddings in int8"
     return f"{bundle.passport.method}{held}, computed in {bundle.passport.dtype}"
 
 

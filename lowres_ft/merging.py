@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 
-from lowres_ft import evaluate, model
+from lowres_ft import evaluate, model, profiles
 from lowres_ft.batches import Tokens, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.device import Machine
@@ -18,6 +19,7 @@ from lowres_ft.files import publish, writing
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.prediction import held_out
+from lowres_ft.quantize import require_widths
 from lowres_ft.tasks.base import Task
 
 _LARGEST = 1e-3  # of an fp32 logit
@@ -40,43 +42,87 @@ class Merged:
     """The task's first metric of the merged model; None where the rows have no labels."""
     from_measured: float | None
     """Largest difference of a logit to the model as it was measured, where that was quantized or in 16 bits."""
+    quantized: "Quantized | None" = None
+    """What was lost where the merged model was quantized."""
 
 
-def merge(bundle: Bundle, out: Path, machine: Machine, *, base: str | None = None, rows: str | None = None) -> Merged:
+@dataclass(frozen=True)
+class Quantized:
+    """How a merged model in a bitsandbytes format, loaded again, answers beside the one in fp32."""
+
+    form: str
+    largest_difference: float
+    """Of a logit."""
+    flipped: int
+    metric: float | None
+
+
+def merge(
+    bundle: Bundle,
+    out: Path,
+    machine: Machine,
+    *,
+    base: str | None = None,
+    rows: str | None = None,
+    quantize: str | None = None,
+) -> Merged:
     """Write a plain transformers folder in fp32 that computes what the adapter on its base does.
 
     It is compared with adapter + full-precision base on `rows` (a data source), else on the recipe's test rows, else on
     the bundle's probe rows. It appears at `out` only if no logit differs by more than 1e-3, no answer flips and the
-    metric is not worse.
+    metric is not worse. If it is to be in 'int8' or 'nf4', it is quantized after that, and what this changes is told.
 
     Raises:
         BundleError: The merged model differs, or there is nothing to compare on.
+        ModelError: It cannot be quantized so.
         OutputError: `out` exists or cannot be written.
     """
     out = Path(out)
-    if bundle.recipe.method.trains_base:
-        raise BundleError(f"{bundle.folder} holds a whole model: there is nothing to merge")
-    if out.exists():
-        raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
+    _require_mergeable(bundle, out, base, quantize)
     with _beside(out) as work:
         adapted, plan = bundle.load(machine, dtype="float32", quantize="none", base=base)
         compared = _compared(bundle, adapted, work, rows)
         before = _Answers.of(adapted, plan, compared)
         folder = work / "model"
-        model.merge(adapted)
         with writing(out):
-            model.save_plain(adapted, folder)
-            model.load_tokenizer(bundle.folder).save_pretrained(folder)
-        adapted = replace(
-            adapted, model=model.load_plain(bundle.recipe.task, folder, plan.device), adapted=(), heads=()
-        )
-        merged = _proof(bundle, out, compared.source, before, _Answers.of(adapted, plan, compared))
+            adapted = _folded(bundle, adapted, plan, folder)
+        after = _Answers.of(adapted, plan, compared)
+        merged = _proof(bundle, out, compared.source, before, after)
+        if quantize is not None:
+            with writing(out):
+                adapted = _quantized(bundle, adapted, folder, quantize)
+            merged = replace(merged, quantized=_loss(quantize, after, _Answers.of(adapted, plan, compared), adapted))
         del adapted
         if (bundle.passport.quantize, bundle.passport.dtype) != ("none", "float32"):
             measured = compared.logits(*bundle.load(machine, base=base))
             merged = replace(merged, from_measured=float(np.abs(before.logits - measured).max()))
-        publish(folder, out)
+        publish(folder if quantize is None else folder / quantize, out)
     return merged
+
+
+def _require_mergeable(bundle: Bundle, out: Path, base: str | None, quantize: str | None) -> None:
+    """Tell before anything is loaded what cannot be merged."""
+    if bundle.recipe.method.trains_base:
+        raise BundleError(f"{bundle.folder} holds a whole model: there is nothing to merge")
+    if out.exists():
+        raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
+    if quantize is not None:
+        require_widths(profiles.profile(bundle.base(base), bundle.recipe.task), quantize)
+
+
+def _folded(bundle: Bundle, adapted: Adapted, plan: Plan, folder: Path) -> Adapted:
+    """Write the merged model, and load what was written."""
+    model.merge(adapted)
+    model.save_plain(adapted, folder)
+    model.load_tokenizer(bundle.folder).save_pretrained(folder)
+    return replace(adapted, model=model.load_plain(adapted.task, folder, plan.device), adapted=())
+
+
+def _quantized(bundle: Bundle, adapted: Adapted, folder: Path, form: str) -> Adapted:
+    """Write a merged model again in bitsandbytes' format, and load what was written."""
+    small = model.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
+    model.load_tokenizer(bundle.folder).save_pretrained(folder / form)
+    return replace(adapted, model=small)
 
 
 @contextmanager
@@ -148,6 +194,13 @@ def _flipped(task: Task, before: np.ndarray, after: np.ndarray, gap: float) -> i
         second, first = np.moveaxis(np.partition(before, -2, axis=-1)[..., -2:], -1, 0)
         flipped &= first - second > 2 * gap
     return int(flipped.sum())
+
+
+def _loss(form: str, plain: _Answers, quantized: _Answers, adapted: Adapted) -> Quantized:
+    """What quantizing a merged model changed."""
+    gap = float(np.abs(plain.logits - quantized.logits).max())
+    flipped = int((adapted.task.choice(plain.logits) != adapted.task.choice(quantized.logits)).sum())
+    return Quantized(form, gap, flipped, quantized.metric)
 
 
 def _proof(bundle: Bundle, out: Path, source: str, before: _Answers, after: _Answers) -> Merged:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowres_ft import attach, attention, behaviour, profiles, quantize
+from lowres_ft import attach, attention, behaviour, embedding, profiles, quantize, reading
 from lowres_ft.bases import VOCABULARIES, Base
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
@@ -112,6 +112,8 @@ def load(
             originals = _originals(recipe, base, plan, kept) if recipe.method.corrects_quantization else {}
             attach.begin(model, recipe.method, chosen, originals)
         _train_heads(model, heads)
+    if recipe.model.quantize_embeddings:
+        embedding.hold(model, dtype)
     model.train(recipe.model.dropout > 0)
     known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
     adapted = Adapted(model, tokenizer, *known)
@@ -121,7 +123,8 @@ def load(
 
 def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -> dict[str, Tensor]:
     """The fp32 weights (outputs, inputs) of the base's linear layers before they are quantized."""
-    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
+    changes = {"quantize": "none", "quantize_embeddings": False}
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
     model, _ = _from_files(plain, base, plan, profiles.config(base, recipe.task), heads, torch.float32)
     return {name: attach.weight(module) for name, module in profiles.linear_layers(model, heads)}
 
@@ -146,13 +149,32 @@ def save_plain(adapted: Adapted, folder: Path) -> None:
         adapted.model.save_pretrained(folder)
 
 
-def load_plain(task: Task, folder: Path, device: str) -> PreTrainedModel:
-    """Load what `save_plain` wrote in fp32, as any other program would."""
+def load_plain(task: Task, folder: Path, device: str, **options: Any) -> PreTrainedModel:
+    """Load a transformers folder as any other program would; in fp32, unless the options name a dtype."""
+    options = {"dtype": torch.float32, "device_map": {"": device}, "trust_remote_code": False} | options
     with profiles.quiet():
-        auto = profiles.auto_class(task)
-        loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    loaded.to(device).eval()
-    return loaded
+        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(folder, **options)
+    return loaded.eval()
+
+
+def save_quantized(adapted: Adapted, plain: Path, form: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Write a model that lies in the folder `plain` again, in bitsandbytes' format, to `plain / form`; load that.
+
+    What is not quantized, the heads among it, is held in `dtype`.
+
+    Raises:
+        ModelError: It holds other tensors than were written.
+    """
+    device = str(adapted.device)
+    config = quantize.foreign_config(form, (*profiles.outside_names(adapted.model), *adapted.heads))
+    made = load_plain(adapted.task, plain, device, dtype=dtype, quantization_config=config)
+    with profiles.quiet():
+        made.save_pretrained(plain / form)
+    found = load_plain(adapted.task, plain / form, device, dtype="auto")
+    before, after = made.state_dict(), found.state_dict()
+    if before.keys() != after.keys() or not all(torch.equal(tensor, after[name]) for name, tensor in before.items()):
+        raise ModelError(f"the model in {form}, loaded again, holds other tensors than were written")
+    return found
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -207,18 +229,14 @@ def _load_model(
 def _from_files(
     recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the weights; return the model and the outermost modules that were newly made.
-
-    They are quantized from the dtype of the files, so that their codes do not depend on what computes.
-    """
-    options = quantize.loading_options(recipe.model.quantize, plan.device, keep)
+    """Load the weights; return the model and the outermost modules that were newly made."""
+    options = _options(recipe, base, plan, config, keep, dtype)
     torch.manual_seed(recipe.train.seed)
     try:
-        with profiles.quiet():
+        with profiles.quiet(), reading.unmapped():
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
-                dtype="auto" if options else dtype,
                 attn_implementation=_attention(plan),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -228,7 +246,7 @@ def _from_files(
             )
     except (ValueError, OSError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first_line(error)}") from error
-    if options:
+    if recipe.model.quantize != "none":
         _cast(model, dtype)
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
@@ -239,11 +257,27 @@ def _attention(plan: Plan) -> str:
     return plan.attention if plan.attention != "products" else attention.implementation(plan.attention_kernels)
 
 
+def _options(
+    recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantize as the recipe says, where the files do not hold codes already."""
+    wanted, held = recipe.model.quantize, quantize.form_of(config)
+    if held is None:
+        return {"dtype": dtype} if wanted == "none" else reading.options(recipe.model, plan.device, keep, dtype)
+    if held != wanted:
+        raise ModelError(
+            f"{base.source} holds its weights in {held} already, so model.quantize={wanted} cannot be",
+            hint=f"Use model.quantize={held}, or the base that it was made from.",
+        )
+    quantize.require_library(held)
+    return {"dtype": "auto", "device_map": {"": plan.device}}
+
+
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold what is not quantized in `dtype`, but for the modules that transformers keeps in fp32."""
-    kept = set(model._keep_in_fp32_modules_strict or ())  # noqa: SLF001
-    if dtype == torch.float16:
-        kept.update(model._keep_in_fp32_modules or ())  # noqa: SLF001
+    """Hold what is not quantized in `dtype`, as far as it was not read so, and forget how it was read."""
+    if model.hf_quantizer is not None and not model.hf_quantizer.pre_quantized:
+        reading.forget(model)
+    kept = reading.kept_single(model, dtype)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not kept.intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)

@@ -187,7 +187,7 @@ def linear_layers(model: PreTrainedModel, keep: tuple[str, ...]) -> Iterator[tup
 def widths(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
+        return int(module.nx), int(module.nf)
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
 

@@ -7,12 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from lowres_ft import registry, yaml12
 from lowres_ft.clean import known
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
+from lowres_ft.overrides import override
 from lowres_ft.spec import Spec, problems, shown, unknown
 from lowres_ft.tasks.base import Task
 
@@ -30,10 +39,19 @@ class ModelSpec(Spec):
     """Commit, tag or branch of a Hub base."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Storage of the frozen linear weights: as they are, or bitsandbytes' row-wise int8 or blockwise 4-bit nf4."""
+    quantize_embeddings: bool = False
+    """Hold the embedding of words, and an output layer that is not new, in int8 too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype that computes. `auto` leaves it to the plan; a named one is part of the experiment."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout inside the base. It cannot be keyed, so it pins how a step is cut."""
+
+    @field_validator("quantize_embeddings")
+    @classmethod
+    def _beside_codes(cls, wanted: bool, known: ValidationInfo) -> bool:
+        if wanted and known.data.get("quantize") == "none":
+            raise ValueError("is for a base in int8 or nf4; set model.quantize")
+        return wanted
 
 
 class DataSpec(Spec):
@@ -169,7 +187,7 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str =
     """
     values = copy.deepcopy(dict(raw))
     found: dict[str, str] = {}
-    notes = _override(values, overrides, found)
+    notes = override(values, overrides, found, tuple(_PLUGINS))
     parts = dict(_validated(values, found))
     for key in values:
         if key not in _TOP:
@@ -250,51 +268,6 @@ def _find(name_or_path: str | Path) -> Path:
         f"no recipe '{name}'{nearest(name, shipped())}",
         hint=f"Shipped are {', '.join(shipped())}; a recipe of your own is given by its path, as in ./{name}.yaml.",
     )
-
-
-def _override(values: dict[str, Any], overrides: Iterable[str], found: dict[str, str]) -> list[str]:
-    """Set the dotted keys in `values`, telling what cannot be set in `found`; return notes on what was dropped."""
-    notes = []
-    pairs = []
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if any("\ud800" <= character <= "\udfff" for character in override):
-            found[key] = "is not UTF-8 text"
-        elif sign and all(key.split(".")):
-            pairs.append((key.split("."), yaml12.scalar(value)))
-        else:
-            found[override] = "is not KEY=VALUE; for example train.epochs=1"
-    # Whole parts come first and kinds next, whatever the order, so that keys below them are kept.
-    for path, value in sorted(pairs, key=lambda pair: (len(pair[0]), pair[0][1:] != ["kind"])):
-        if len(path) == 2 and path[0] in _PLUGINS and path[1] == "kind":
-            notes += _change_kind(values, path[0], value, found)
-        else:
-            _set(values, path, value, found)
-    return notes
-
-
-def _change_kind(values: dict[str, Any], part: str, kind: object, found: dict[str, str]) -> list[str]:
-    before = values.get(part)
-    if not isinstance(before, dict) or before.get("kind") == kind:
-        _set(values, [part, "kind"], kind, found)
-        return []
-    values[part] = {"kind": kind}
-    dropped = ", ".join(f"{key}={shown(value)}" for key, value in before.items() if key != "kind")
-    return [f"{part}.kind={kind} starts from that kind's defaults; dropped: {dropped}"] if dropped else []
-
-
-def _set(values: dict[str, Any], path: list[str], value: object, found: dict[str, str]) -> None:
-    *parents, last = path
-    place = values
-    for depth, part in enumerate(parents, start=1):
-        below = place.get(part)
-        if below is None:
-            below = place[part] = {}
-        if not isinstance(below, dict):
-            found[".".join(path)] = f"cannot be set: {'.'.join(path[:depth])} has no keys, it is {shown(below)}"
-            return
-        place = below
-    place[last] = value
 
 
 def _validated(values: Mapping[str, Any], found: dict[str, str]) -> Iterator[tuple[str, Any]]:

@@ -14,9 +14,9 @@ MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path i
 LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods clean",
-    "recipe assets gguf starters",
-    "device dropout storage factorize linear attach attention timings behaviour quantize model data batches packing"
-    " plan bases readers formats profiles guess splits",
+    "recipe overrides assets gguf starters",
+    "device dropout storage factorize linear embedding attach attention timings behaviour quantize reading model data"
+    " batches packing plan bases readers formats profiles guess splits",
     "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs",
     "cli __main__",

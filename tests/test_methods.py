@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowres_ft import device, quantize, registry
+from lowres_ft import device, evaluate, reading, registry
 from lowres_ft.bundle import open_bundle
 from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.linear import AdaptedLinear
@@ -68,12 +68,31 @@ def test_codes_do_not_depend_on_the_dtype_that_computes(bases: Bases, reviews: P
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
 
 
-def test_training_goes_on_the_same_after_an_evaluation(bases: Bases, reviews: Path, tmp_path: Path):
+@pytest.mark.parametrize("form", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_the_same_before_and_after_an_evaluation(
+    bases: Bases, reviews: Path, tmp_path: Path, form: str, dtype: str
+):
     """bitsandbytes' own nf4 layers lose the base's part of the gradient once they were evaluated."""
+    for name in WIDE:
+        prepared = prepare(
+            wide(bases, reviews, name, f"model.quantize={form}", f"model.dtype={dtype}"), tmp_path / name
+        )
+        randomize(prepared)
+        before = gradients(prepared, 10_000)
+        evaluate.outputs(prepared.adapted, prepared.tokens["validation"], prepared.plan)
+        after = gradients(prepared, 10_000)
+        assert before.keys() == after.keys() == prepared.adapted.trained().keys()
+        assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+        assert all(bool(gradient.abs().max() > 0) for name, gradient in before.items() if "lora" in name)
+
+
+@pytest.mark.parametrize("form", ["none", "int8", "nf4"])
+def test_training_goes_on_the_same_after_an_evaluation(bases: Bases, reviews: Path, tmp_path: Path, form: str):
     found = []
     for evaluated in (False, True):
         prepared = prepare(
-            wide(bases, reviews, "bert", "model.quantize=nf4", "train.steps=4"), tmp_path / f"{evaluated}"
+            wide(bases, reviews, "bert", f"model.quantize={form}", "train.steps=4"), tmp_path / f"{evaluated}"
         )
         model = prepared.adapted.model
         for _ in train(prepared.start(), prepared.tokens["train"], prepared.plan, prepared.machine):
@@ -87,7 +106,7 @@ def test_training_goes_on_the_same_after_an_evaluation(bases: Bases, reviews: Pa
 def test_widths_that_nf4_cannot_hold_are_refused_before_anything_is_loaded(
     bases: Bases, reviews: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(quantize, "loading_options", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(reading, "options", lambda *_: pytest.fail("weights are read"))
     wanted = recipe(bases("gpt2", n_embd=96), reviews, "model.quantize=nf4")
     told = r"blocks of 64, which do not divide the 96 inputs of transformer.h.0.attn.c_attn \(and 5 more\)"
     for act in (lambda: rehearse(wanted, device_name="cpu"), lambda: run(wanted, tmp_path / "out", device_name="cpu")):

@@ -148,7 +148,13 @@ def _pieces(special: list[str]) -> Tokenizer:
 
 
 def base(
-    folder: Path, architecture: str = "llama", *, form: str | None = None, tied: bool = True, **changes: Any
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    form: str | None = None,
+    tied: bool = True,
+    shard: str = "10GB",
+    **changes: Any,
 ) -> Path:
     """Write a whole language model, as it is published."""
     words = tokenizer(form or BASES.get(architecture, "smollm2"))
@@ -163,7 +169,7 @@ def base(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard)
     words.save_pretrained(folder)
     return folder
 

@@ -141,6 +141,10 @@ def merge(
     data: Annotated[
         str | None, typer.Option("--data", help="Rows to compare on.  [default: the recipe's test rows]")
     ] = None,
+    quantize: Annotated[
+        Literal["int8", "nf4"] | None,
+        typer.Option("--quantize", help="Write it in a format of bitsandbytes.  [default: in fp32]"),
+    ] = None,
     base: Base = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -153,8 +157,9 @@ def merge(
     from lowres_ft.bundle import open_bundle
     from lowres_ft.merging import merge as merge_bundle
 
+    opened = open_bundle(bundle)
     with _fetching(quiet):
-        found = merge_bundle(open_bundle(bundle), out, devices.find(device), base=base, rows=data)
+        found = merge_bundle(opened, out, devices.find(device), base=base, rows=data, quantize=quantize)
     if as_json:
         print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
         return
@@ -162,7 +167,13 @@ def merge(
     print(f"largest difference of a logit {found.largest_difference:.1e}, no answer differs")
     if found.from_measured is not None:
         print(f"to the model as it was measured: largest difference of a logit {found.from_measured:.1e}")
-    print(f"merged model {found.folder}, fp32, for any program that reads transformers models")
+    if found.quantized is None:
+        print(f"merged model {found.folder}, fp32, for any program that reads transformers models")
+        return
+    lost = found.quantized
+    metric = "" if lost.metric is None else f", {opened.recipe.task.metric} {lost.metric:.3f} after {found.metric:.3f}"
+    print(f"in {lost.form}: largest difference of a logit {lost.largest_difference:.1e}, {lost.flipped} differ{metric}")
+    print(f"merged model {found.folder}, {lost.form}, for any program that reads transformers models of bitsandbytes")
 
 
 def verify(
