@@ -80,6 +80,7 @@ def main(
         for name in work or WORKS:
             for _ in _measure(works.chosen(name, quick=quick), session, Path(folder) / name, record, console):
                 _write(record, out)
+    _write(record, out)
     console.print(f"\nwritten to {out}\n")
     raise typer.Exit(_print(record, console))
 
@@ -106,9 +107,8 @@ def _measure(
             if name != _LIMIT:
                 options += [work.name, name, "--folder", folder, "--seed", works.SEED + repeat, *quick]
             seconds, wrong = session.child("limit" if name == _LIMIT else "measure", *options)
-            console.print(
-                f"  {name}, repeat {repeat + 1} of {session.repeats}: {_told(result, wrong)} ({seconds:.0f} s)"
-            )
+            told = f"{name}, repeat {repeat + 1} of {session.repeats}: {_told(result, wrong)} ({seconds:.0f} s)"
+            console.print(f"  {told}", markup=False, highlight=False)
             if wrong:
                 record["failures"].append({"work": work.name, "contender": name, "repeat": repeat, "error": wrong})
             else:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
-_SIZES = (1024, 2048)
+_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 _SECONDS = 0.5  # for each size
 
 
 def rates(device: str) -> dict[str, float]:
     """FLOPs a second of the best of some square products, by dtype."""
-    return {name: max(_rate(size, getattr(torch, name), device) for size in _SIZES) for name in ("float32", "bfloat16")}
+    return {
+        name: max(_rate(size, getattr(torch, name), device) for size in _SIZES[device])
+        for name in ("float32", "bfloat16")
+    }
 
 
 def _rate(size: int, dtype: torch.dtype, device: str) -> float:

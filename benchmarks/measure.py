@@ -7,8 +7,6 @@ loss on the held-out rows. No library is imported before the contender's own, so
 import argparse
 import importlib
 import json
-import resource
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,7 +25,7 @@ def measure(job: Job) -> dict[str, Any]:
     imported = resident_bytes()
     clock = Clock(job.work.clocked, job.device)
     made: Made = contender.run(job, clock)
-    peak = peak_bytes(job.device)
+    peak = _peak_bytes(job.device)
     loss, items = held_out_loss(made, job)
     return {
         "contender": job.contender.name,
@@ -57,14 +55,11 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def peak_bytes(device: str) -> int:
-    """Most memory that this process held so far: allocated on a GPU, resident on a processor."""
-    if device != "cpu":
-        import torch
+def _peak_bytes(device: str) -> int:
+    """Most memory so far; our library, which knows it, is not imported before a peer is done."""
+    from lowres_ft.device import peak_bytes
 
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes(device)
 
 
 def held_out_loss(made: Made, job: Job) -> tuple[float, int]:

@@ -149,19 +149,25 @@ def _cells(work: Work, measured: Measured, contender: Contender) -> Iterator[str
 
 
 def _goal_table(record: Mapping[str, Any]) -> Table:
-    table = Table(title="Goals", title_justify="left")
-    for column in ("work", "ours", "against", "what", "goal", "measured", ""):
+    table = Table(title="Goals", title_justify="left", caption_justify="left")
+    table.caption = "the goal is checked on even terms; beside it, the same against the peers as they come"
+    for column in ("work", "ours", "against", "what", "goal", "measured", "", "as they come"):
         table.add_column(column)
     for goal in GOALS:
-        found = reached(goal, record["works"][goal.work]) if goal.work in record["works"] else None
-        if found:
-            form = _PERCENT if goal.figure == "share of limit" else _TIMES
-            sign = ">=" if goal.at_least else "<="
-            peers = " or ".join(goal.peers)
-            verdict = "met" if goal.met(found.median) else "missed"
-            bound = f"{sign} {form.number(goal.bound)}{form.unit}"
-            table.add_row(goal.work, goal.ours, peers, _FIGURES[goal.figure], bound, found.told(form), verdict)
+        measured = record["works"].get(goal.work)
+        if measured and (found := reached(goal, measured)):
+            table.add_row(*_goal_cells(goal, measured, found))
     return table
+
+
+def _goal_cells(goal: Goal, measured: Measured, found: Spread) -> Iterator[str]:
+    form = _PERCENT if goal.figure == "share of limit" else _TIMES
+    yield from (goal.work, goal.ours, " or ".join(goal.peers), _FIGURES[goal.figure])
+    yield f"{'>=' if goal.at_least else '<='} {form.number(goal.bound)}{form.unit}"
+    yield found.told(form)
+    yield "met" if goal.met(found.median) else "missed"
+    usual = reached(goal.as_they_come, measured) if goal.as_they_come != goal else None
+    yield f"{usual.told(form)} {'met' if goal.met(usual.median) else 'missed'}" if usual else ""
 
 
 _COUNT = Form(",.0f")

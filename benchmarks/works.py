@@ -10,6 +10,8 @@ from typing import Literal
 
 Numbers = Literal["fp32", "bf16", "int8"]
 Figure = Literal["tokens/s", "memory", "weights", "share of limit"]
+EVEN = " even"
+"""How the names of peers on even terms end."""
 SEED = 7
 """Of the split that gives the rows, and of the first repeat; the next ones train with 8, 9, ..."""
 
@@ -43,12 +45,12 @@ OURS_INT8 = Contender("ours int8", "ours", "int8", even=True)
 OURS_FP32 = Contender("ours fp32", "ours", "fp32", even=True)
 TEXTBOOK = Contender("textbook fp32", "textbook", "fp32", full=True, part=3)
 _TRAINER = tuple(
-    Contender(f"trainer {numbers}{' even' if even else ''}", "trainer", numbers, even=even)
+    Contender(f"trainer {numbers}{EVEN * even}", "trainer", numbers, even=even)
     for numbers in ("bf16", "int8", "fp32")
     for even in (False, True)
 )
 _TRL = tuple(
-    Contender(f"trl bf16{' packed' if packed else ''}{' even' if even else ''}", "trl_sft", "bf16", even, packed)
+    Contender(f"trl bf16{' packed' * packed}{EVEN * even}", "trl_sft", "bf16", even, packed)
     for packed in (False, True)
     for even in (False, True)
 )
@@ -161,18 +163,24 @@ def chosen(name: str, *, quick: bool = False) -> Work:
 
 @dataclass(frozen=True)
 class Goal:
-    """What one of ours is to reach, against the best of some peers on even terms, or by itself where there are none."""
+    """What one of ours is to reach, against the best of some peers, or by itself where there are none."""
 
     work: str
     figure: Figure
     ours: str
     peers: tuple[str, ...]
+    """On even terms."""
     bound: float
 
     @property
     def at_least(self) -> bool:
         """Whether more is better."""
         return self.figure in ("tokens/s", "share of limit")
+
+    @property
+    def as_they_come(self) -> "Goal":
+        """The same goal against the peers as users run them."""
+        return replace(self, peers=tuple(peer.removesuffix(EVEN) for peer in self.peers))
 
     def met(self, value: float) -> bool:
         """Whether a measured value reaches it."""

@@ -131,6 +131,9 @@ def test_goals_name_contenders_of_their_work():
     for goal in GOALS:
         for name in (goal.ours, *goal.peers):
             assert WORKS[goal.work].named(name).even, "goals are checked on even terms"
+        for name in goal.as_they_come.peers:
+            assert name in ("ours bf16", "trainer bf16", "trainer int8", "trl bf16", "trl bf16 packed")
+            assert WORKS[goal.work].named(name)
     assert len(GOALS) == 18
 
 
@@ -219,7 +222,7 @@ def test_useful_flops_of_a_decoder_count_what_looks_back_and_is_supervised(chat_
 
 
 def test_products_have_a_rate(monkeypatch):
-    monkeypatch.setattr(limit, "_SIZES", (16,))
+    monkeypatch.setattr(limit, "_SIZES", {"cpu": (16,)})
     monkeypatch.setattr(limit, "_SECONDS", 0.0)
     assert all(rate > 0 for rate in limit.rates("cpu").values())
 
