@@ -108,6 +108,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     profiles.require_length(profile, recipe.task)
     recipe.task.prepare(model.load_tokenizer(base.folder))
     quantize.require_widths(profile, recipe.model.quantize)
+    train.require_optimizer(recipe.train, machine.device)
     return Rehearsal(
         rows=sizes,
         labels=rows.task.names,
@@ -177,6 +178,7 @@ def _prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, liste
     profiles.targets(resolved.method, profile.linears)
     profiles.require_length(profile, resolved.task)
     quantize.require_widths(profile, resolved.model.quantize)
+    train.require_optimizer(resolved.train, machine.device)
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from lowres_ft.device import Dtype, Machine
+from lowres_ft.errors import ModelError
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.spec import Spec
@@ -30,6 +31,10 @@ class Plan(Spec):
     """Padded tokens that pass forward at once when nothing is kept for a backward pass."""
     attention: Literal["eager", "sdpa"]
     """Implementation of attention in transformers."""
+    recompute: Literal["none", "layers", "selective"]
+    """Which activations are computed again in the backward pass."""
+    int8: Literal["dequantize", "triton"]
+    """What multiplies by int8 codes: PyTorch, with codes converted in slices; or, on a GPU, a kernel of ours."""
     fused_optimizer: bool
     """AdamW in one kernel."""
     pinned_cut: bool
@@ -37,7 +42,17 @@ class Plan(Spec):
 
 
 def make(recipe: Recipe, profile: Profile, machine: Machine) -> Plan:
-    """Decide how a machine runs a recipe."""
+    """Decide how a machine runs a recipe.
+
+    Raises:
+        ModelError: It cannot run as its budget says.
+    """
+    recompute = recipe.budget.recompute
+    if recompute not in ("auto", "none") and profile.stack is None:
+        raise ModelError(
+            f"budget.recompute={recompute}: this base has no list of its {profile.layers} layers",
+            hint="Use budget.recompute=none.",
+        )
     tokens = _TOKENS[machine.kind]
     most = _LOGITS[machine.kind] // max(1, profile.vocabulary) if recipe.task.generates else 2 * tokens
     short = machine.kind == "cpu" and recipe.task.max_length <= _EAGER_UP_TO
@@ -49,6 +64,8 @@ def make(recipe: Recipe, profile: Profile, machine: Machine) -> Plan:
         micro_batch_tokens=min(tokens, most),
         evaluation_tokens=min(2 * tokens, most),
         attention="eager" if short or not profile.fused_attention else "sdpa",
+        recompute="none" if recompute == "auto" else recompute,
+        int8="dequantize",  # until the other is measured on a GPU
         fused_optimizer=machine.kind != "mps",
         pinned_cut=recipe.model.dropout > 0,
     )

@@ -9,7 +9,7 @@ quantization holds these maxima in 8 bits too: 4.13 bits a weight in all, not 4.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ NESTED_BLOCK = 256  # absolute maxima that share one of their own
 NESTED_CODES = 256  # values that one can take
 _AT_ONCE = 2**22  # weights that are in the dtype of a product at once
 _STEP = 7.874015718698502e-3  # 1 / 127 in fp32, as bitsandbytes writes it
+_FUSED = (torch.bfloat16, torch.float16)  # what the fused kernel computes in
+
+Kernel = Literal["dequantize", "triton"]
+"""What multiplies by int8 codes: a product of PyTorch with converted ones, or a kernel of ours that holds none."""
+
+
+def use(module: nn.Module, kernel: Kernel) -> None:
+    """Let all int8 weights of a model be multiplied by a kernel."""
+    for weight in module.modules():
+        if isinstance(weight, Int8):
+            weight.kernel = kernel
+
 
 Through = Callable[[Callable[[], Tensor]], Tensor]
 _through: Through | None = None
@@ -130,6 +142,22 @@ class Int8(Coded):
     def __init__(self, codes: Tensor, absmax: Tensor) -> None:
         super().__init__(codes, codes.shape)
         self.register_buffer("absmax", absmax.float())
+        self.kernel: Kernel = "dequantize"
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kernel == "dequantize" or x.dtype not in _FUSED:
+            return super()._product(x, bias)
+        from lowres_ft import fused
+
+        y = fused.product(x, self.weight, self.absmax * _STEP)
+        return y if bias is None else y.add_(bias)
+
+    def product_backward(self, dy: Tensor) -> Tensor:
+        if self.kernel == "dequantize" or dy.dtype not in _FUSED:
+            return super().product_backward(dy)
+        from lowres_ft import fused
+
+        return fused.product_backward(dy, self.weight, self.absmax * _STEP)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[Part]:
         for rows in self._slices():

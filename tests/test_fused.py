@@ -1,0 +1,63 @@
+"""The kernel for int8 products, in Triton's interpreter: near float64, of any shape. On a GPU it is tested as it is."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowres_ft.linear import AdaptedLinear
+from lowres_ft.storage import Int8, use
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def compare(device: str) -> None:
+    """Forward and backward of odd and of whole tiles, contiguous or not, in both 16-bit dtypes, against float64."""
+    torch.manual_seed(0)
+    shapes = ((1, 40, 64), (5, 33, 70), (70, 200, 130), (16, 64, 128), (0, 40, 64))
+    for dtype, relative in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        for rows, outputs, inputs in shapes:
+            codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
+            layer = AdaptedLinear(Int8(codes, torch.rand(outputs, device=device)), None)
+            use(layer, "triton")
+            x = torch.randn(inputs, rows, device=device).to(dtype).t().requires_grad_()
+            dy = torch.randn(rows, outputs, device=device).to(dtype)
+            dense = layer.storage.dequantized().double()
+            for found, expected in (
+                (layer(x), x.double() @ dense.t()),
+                (torch.autograd.grad(layer(x), x, dy)[0], dy.double() @ dense),
+            ):
+                assert found.dtype == dtype
+                assert (found.double() - expected).norm() <= relative * expected.norm(), (dtype, rows, outputs, inputs)
+
+
+@needs_triton
+def test_the_kernels_logic_is_right():
+    code = "from tests.test_fused import compare; compare('cpu'); print('compared')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (done.returncode, done.stdout) == (0, "compared\n"), done.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_kernel_is_right():
+    compare("cuda")
+
+
+def test_fp32_and_other_kernels_do_without():
+    layer = AdaptedLinear(Int8(torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8)), None)
+    x = torch.randn(3, 16)
+    before = layer(x)
+    use(layer, "triton")
+    assert torch.equal(layer(x), before)
