@@ -29,8 +29,8 @@ def _configs() -> list[Any]:
     ]
 
 
-@triton.autotune(configs=_configs(), key=["about", "outputs", "inputs"])
-@triton.jit
+@triton.autotune(configs=_configs(), key=["about", "outputs", "inputs"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward(
     x: Any,
     codes: Any,
@@ -52,14 +52,14 @@ def _forward(
         here = k < inputs
         left = tl.load(x + m[:, None] * inputs + k[None, :], mask=(m < rows)[:, None] & here[None, :], other=0.0)
         right = tl.load(codes + n[None, :] * inputs + k[:, None], mask=(n < outputs)[None, :] & here[:, None], other=0)
-        sums = tl.dot(left, right.to(left.dtype), sums)
+        sums = tl.dot(left, right.to(tl.float32).to(left.dtype), sums)  # the interpreter takes no shorter way
     sums *= tl.load(scale + n, mask=n < outputs, other=0.0)[None, :]
     place = y + m[:, None] * outputs + n[None, :]
     tl.store(place, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None, :])
 
 
-@triton.autotune(configs=_configs(), key=["about", "outputs", "inputs"])
-@triton.jit
+@triton.autotune(configs=_configs(), key=["about", "outputs", "inputs"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(
     dy: Any,
     codes: Any,
@@ -105,7 +105,7 @@ def _run(kernel: Any, left: Tensor, codes: Tensor, scale: Tensor, width: int) ->
     if found.numel():
         outputs, inputs = codes.shape
         sizes = (len(left), outputs, inputs, 1 << (len(left) - 1).bit_length())
-        with torch.cuda.device_of(left):
+        with torch.cuda.device_of(left):  # type: ignore[no-untyped-call]
             kernel[lambda tile: (triton.cdiv(len(left), tile["M"]), triton.cdiv(width, tile["N"]))](
                 left.contiguous(), codes, scale, found, *sizes
             )

@@ -90,6 +90,7 @@ class _Tensor:
         if dtype is None:  # 8 bits and fewer, of bases that are not taken
             return self.file.file.get_tensor(self.name)[index]  # type: ignore[no-any-return]
         whole = torch.empty(self.place["shape"], dtype=dtype)
-        room = whole.reshape(-1).view(torch.uint8).numpy()
-        self.file.read(memoryview(room), self.file.begin + self.place["data_offsets"][0])
+        self.file.read(
+            whole.reshape(-1).view(torch.uint8).numpy().data, self.file.begin + self.place["data_offsets"][0]
+        )
         return whole[index]

@@ -24,15 +24,17 @@ def compare(device: str) -> None:
             codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
             layer = AdaptedLinear(Int8(codes, torch.rand(outputs, device=device)), None)
             use(layer, "triton")
-            x = torch.randn(inputs, rows, device=device).to(dtype).t().requires_grad_()
+            x = torch.randn(inputs, rows, device=device).to(dtype).t()
             dy = torch.randn(rows, outputs, device=device).to(dtype)
+            x.requires_grad_()
             dense = layer.storage.dequantized().double()
             for found, expected in (
-                (layer(x), x.double() @ dense.t()),
+                (layer(x).detach(), x.detach().double() @ dense.t()),
                 (torch.autograd.grad(layer(x), x, dy)[0], dy.double() @ dense),
             ):
                 assert found.dtype == dtype
-                assert (found.double() - expected).norm() <= relative * expected.norm(), (dtype, rows, outputs, inputs)
+                gap, size = float((found - expected).norm()), float(expected.norm())
+                assert gap <= relative * size, (dtype, rows, outputs, inputs, gap, size)
 
 
 @needs_triton
