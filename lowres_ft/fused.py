@@ -52,7 +52,7 @@ def _forward(
         here = k < inputs
         left = tl.load(x + m[:, None] * inputs + k[None, :], mask=(m < rows)[:, None] & here[None, :], other=0.0)
         right = tl.load(codes + n[None, :] * inputs + k[:, None], mask=(n < outputs)[None, :] & here[:, None], other=0)
-        sums = tl.dot(left, right.to(tl.float32).to(left.dtype), sums)  # the interpreter takes no shorter way
+        sums = tl.dot(left, right.to(left.dtype), sums)
     sums *= tl.load(scale + n, mask=n < outputs, other=0.0)[None, :]
     place = y + m[:, None] * outputs + n[None, :]
     tl.store(place, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None, :])

@@ -94,7 +94,7 @@ class TrainSpec(Spec):
     batch_size: int = Field(default=32, ge=1)
     """Examples per optimizer step; how a step is cut into micro-batches is the plan's business."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW; or bitsandbytes', which holds its moments in 8 bits where a tensor has 4,096 weights or more."""
+    """AdamW; or bitsandbytes', which holds its moments in 8 bits where a tensor has 4,096 weights or more, for GPUs."""
     learning_rate: float = Field(default=5e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -114,7 +114,7 @@ class Coded(Storage):
                 part = torch.addmm(bias[rows], x, weight.t())
             else:
                 part = x @ weight.t()
-                part = part if scale is None else _scaled(part, scale, part)
+                part = part if scale is None else _scaled(part, scale)
                 part = part if bias is None else part.add_(bias[rows])
             if len(weight) == self.outputs:
                 return part
@@ -127,7 +127,9 @@ class Coded(Storage):
         dx = None
         for rows, weight, scale in self._parts(dy.dtype):
             part = dy[:, rows]
-            part = (part if scale is None else _scaled(part, scale, torch.empty_like(part))) @ weight
+            if scale is not None:
+                part = _scaled(part.clone(memory_format=torch.contiguous_format), scale)
+            part = part @ weight
             if len(weight) == self.outputs:
                 return part
             dx = part.to(torch.promote_types(part.dtype, torch.float32)) if dx is None else dx.add_(part)
@@ -135,18 +137,17 @@ class Coded(Storage):
         return dx.to(dy.dtype)
 
 
-def _scaled(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """X (N, outputs) times fp32 factors; of 16 bits a few rows at a time.
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """X (N, outputs) times fp32 factors, in its place; of 16 bits a few rows at a time.
 
     On a processor PyTorch makes fp32 copies of all that it multiplies so; large ones take longer than the product.
     """
     if x.dtype == scale.dtype or x.device.type != "cpu":
-        return torch.mul(x, scale, out=out)
+        return x.mul_(scale)
     step = max(1, _SCALED_AT_ONCE // max(1, x.shape[1]))
     for first in range(0, len(x), step):
-        rows = slice(first, first + step)
-        torch.mul(x[rows], scale, out=out[rows])
-    return out
+        x[first : first + step].mul_(scale)
+    return x
 
 
 class Int8(Coded):
