@@ -70,7 +70,7 @@ def merge(
 
     It is compared with adapter + full-precision base on `rows` (a data source), else on the recipe's test rows, else on
     the bundle's probe rows. It appears at `out` only if no logit differs by more than 1e-3, no answer flips and the
-    metric is not worse. If it is to be in 'int8' or 'nf4', it is quantized after that, and what this changes is told.
+    metric is not worse. To be in 'int8' or 'nf4', it is quantized after that, and what this changes is told.
 
     Raises:
         BundleError: The merged model differs, or there is nothing to compare on.
@@ -86,13 +86,12 @@ def merge(
         folder = work / "model"
         with writing(out):
             adapted = _folded(bundle, adapted, plan, folder)
-        after = _Answers.of(adapted, plan, compared)
-        merged = _proof(bundle, out, compared.source, before, after)
+        merged = _proof(bundle, out, compared.source, before, after := _Answers.of(adapted, plan, compared))
         if quantize is not None:
             with writing(out):
                 adapted = _quantized(bundle, adapted, folder, quantize)
             merged = replace(merged, quantized=_loss(quantize, after, _Answers.of(adapted, plan, compared), adapted))
-        del adapted
+        del adapted  # a second model follows
         if (bundle.passport.quantize, bundle.passport.dtype) != ("none", "float32"):
             measured = compared.logits(*bundle.load(machine, base=base))
             merged = replace(merged, from_measured=float(np.abs(before.logits - measured).max()))

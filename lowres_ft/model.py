@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowres_ft import attach, attention, behaviour, embedding, profiles, quantize, reading
+from lowres_ft import attach, attention, behaviour, embedding, profiles, quantize, reading, recompute, storage, weights
 from lowres_ft.bases import VOCABULARIES, Base
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
@@ -114,6 +114,8 @@ def load(
         _train_heads(model, heads)
     if recipe.model.quantize_embeddings:
         embedding.hold(model, dtype)
+    storage.use(model, plan.int8)
+    recompute.apply(model, profile.stack, plan.recompute)
     model.train(recipe.model.dropout > 0)
     known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
     adapted = Adapted(model, tokenizer, *known)
@@ -205,6 +207,8 @@ def _load_model(
     config = profiles.config(base, task)
     # The model must look for the very token that pads: a decoder classifies by the last one that is another.
     config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    if not task.generates and hasattr(config.get_text_config(), "use_cache"):
+        config.get_text_config().use_cache = False  # of keys and values, which no other word will ask for
     if recipe.model.dropout:
         for field, value in vars(config).items():
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
@@ -233,7 +237,7 @@ def _from_files(
     options = _options(recipe, base, plan, config, keep, dtype)
     torch.manual_seed(recipe.train.seed)
     try:
-        with profiles.quiet(), reading.unmapped():
+        with profiles.quiet(), weights.unmapped():
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,

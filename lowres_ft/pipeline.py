@@ -109,6 +109,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     profiles.require_length(profile, recipe.task)
     recipe.task.prepare(model.load_tokenizer(base.folder))
     quantize.require_widths(profile, recipe.model.quantize)
+    train.require_optimizer(recipe.train, machine.device)
     return Rehearsal(
         rows=sizes,
         labels=rows.task.names,
@@ -178,6 +179,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     profiles.targets(resolved.method, profile.linears)
     profiles.require_length(profile, resolved.task)
     quantize.require_widths(profile, resolved.model.quantize)
+    train.require_optimizer(resolved.train, machine.device)
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))

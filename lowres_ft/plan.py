@@ -7,11 +7,14 @@ import torch
 from lowres_ft import attention, timings
 from lowres_ft.attention import Heads, Kernel
 from lowres_ft.device import Dtype, Machine
+from lowres_ft.errors import ModelError
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.spec import Spec
 
 _TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
+_WRITER_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 4096}
+"""Of models that write: their modules keep 1.3 MB a token (SmolLM2), and smaller micro-batches take as long."""
 _LOGITS = {"cpu": 2**27, "mps": 2**27, "cuda": 2**29}
 """Tokens x vocabulary that stand in memory whole at the most: in fp32 half a GiB or two, and their gradient as much."""
 
@@ -35,6 +38,10 @@ class Plan(Spec):
     """The model's own attention, PyTorch's fused kernel, or products with a kernel for each length."""
     attention_kernels: dict[int, Kernel]
     """Of products: the kernel for rows of up to so many tokens, as it was timed here; longer ones take the fused."""
+    recompute: Literal["none", "layers", "selective"]
+    """Which activations are computed again in the backward pass."""
+    int8: Literal["dequantize", "triton"]
+    """What multiplies by int8 codes: PyTorch, with codes converted in slices; or, on a GPU, a kernel of ours."""
     fused_optimizer: bool
     """AdamW in one kernel."""
     packing: bool
@@ -44,8 +51,18 @@ class Plan(Spec):
 
 
 def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | None = None) -> Plan:
-    """Decide how a machine runs a recipe; what would be timed is as in a plan that it is to be `like`."""
-    tokens = _TOKENS[machine.kind]
+    """Decide how a machine runs a recipe; what would be timed is as in a plan that it is to be `like`.
+
+    Raises:
+        ModelError: It cannot run as its budget says.
+    """
+    recompute = recipe.budget.recompute
+    if recompute not in ("auto", "none") and profile.stack is None:
+        raise ModelError(
+            f"budget.recompute={recompute}: this base has no list of its {profile.layers} layers",
+            hint="Use budget.recompute=none.",
+        )
+    tokens = (_WRITER_TOKENS if recipe.task.generates else _TOKENS)[machine.kind]
     dtype = machine.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
     own = machine.kind == "cpu" and profile.own_attention
     kernels: dict[int, Kernel] = {}
@@ -61,6 +78,8 @@ def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | Non
         evaluation_tokens=2 * tokens,
         attention="products" if own else "sdpa" if profile.fused_attention else "eager",
         attention_kernels=kernels,
+        recompute="none" if recompute == "auto" else recompute,
+        int8="dequantize",  # until the other is measured on a GPU
         fused_optimizer=machine.kind != "mps",
         packing=False,  # steps of like lengths hold little padding, and a mask costs more than it
         pinned_cut=recipe.model.dropout > 0,

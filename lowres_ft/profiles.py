@@ -40,6 +40,8 @@ class Profile:
     head_parameters: int
     parameters: int
     layers: int
+    stack: str | None
+    """Name of the list of its layers; None where it has none of that length."""
     hidden: int
     attention_heads: int
     vocabulary: int
@@ -76,6 +78,7 @@ def profile(base: Base, task: Task) -> Profile:
         head_parameters=sum(p.numel() for head in heads for p in model.get_submodule(head).parameters()),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=int(getattr(text, "num_hidden_layers", 0)),
+        stack=_stack(model, int(getattr(text, "num_hidden_layers", 0))),
         hidden=hidden,
         attention_heads=heads_of_queries,
         key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads_of_queries),
@@ -114,6 +117,13 @@ def _positions(model: PreTrainedModel) -> int | None:
             before = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - max(before, int(getattr(module, "offset", 0)))
     return None
+
+
+def _stack(model: PreTrainedModel, count: int) -> str | None:
+    """Name of the list of `count` modules that hold the most of a model."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    held = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists}
+    return max(held, key=held.__getitem__, default=None)
 
 
 def require_length(profile: Profile, task: Task) -> None:

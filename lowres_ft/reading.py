@@ -1,17 +1,14 @@
 """Weights as they are read: each tensor quantized or cast by itself, so that only what is kept takes memory.
 
 transformers' `from_pretrained` finds which tensors of which files belong where: renamed, merged, tied, missing. A
-quantizer of ours, registered there, gets each of them in turn. Files are read, not mapped: mapped pages count as memory
-of the process, and those of a whole file stay as long as one of its tensors does.
+quantizer of ours, registered there, gets each of them in turn.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -22,47 +19,6 @@ from lowres_ft.recipe import ModelSpec
 from lowres_ft.storage import Int8, Nf4
 
 _NAME = "lowres_ft"
-
-
-@contextmanager
-def unmapped() -> Iterator[None]:
-    """Let transformers read safetensors files that it would map."""
-    mapping = modeling_utils.safe_open
-
-    def opened(*args: Any, **options: Any) -> Any:
-        if options.get("backend") != "mmap":
-            return mapping(*args, **options)
-        return _File(mapping(*args, **options | {"backend": "pread"}))
-
-    modeling_utils.safe_open = opened
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapping
-
-
-class _File:
-    """A safetensors file that is read: a tensor whole, as one that is read as a slice takes twice its memory."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.keys, self.__exit__ = file.keys, file.__exit__
-
-    def get_slice(self, name: str) -> "_Tensor":
-        return _Tensor(self.file, name)
-
-
-class _Tensor:
-    """A tensor that is read when it is asked for."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        self.file, self.name = file, name
-        shape = file.get_slice(name)
-        self.get_shape, self.get_dtype = shape.get_shape, shape.get_dtype
-
-    def __getitem__(self, index: Any) -> Tensor:
-        whole: Tensor = self.file.get_tensor(self.name)
-        return whole[index]
 
 
 def options(spec: ModelSpec, device: str, keep: tuple[str, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -142,8 +98,8 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
             turned = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
             quantize.fill(self.rooms[name], value.t() if turned else value)
             return quantize.parameter(self.rooms[name])
-        elif value.is_floating_point() and not self.single.intersection(name.split(".")):
-            return value.to(self.config.dtype)
+        elif value.is_floating_point():
+            return value.to(torch.float32 if self.single.intersection(name.split(".")) else self.config.dtype)
         return value
 
 

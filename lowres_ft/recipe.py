@@ -93,6 +93,8 @@ class TrainSpec(Spec):
     """Number of optimizer steps; stands in for epochs when given."""
     batch_size: int = Field(default=32, ge=1)
     """Examples per optimizer step; how a step is cut into micro-batches is the plan's business."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW; or bitsandbytes', which holds its moments in 8 bits where a tensor has 4,096 weights or more, for GPUs."""
     learning_rate: float = Field(default=5e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -109,6 +111,14 @@ class TrainSpec(Spec):
     """Stop when validation no longer improves; null trains to the end. The best step is kept either way."""
     seed: int = Field(default=7, ge=0, lt=2**31)
     """Decides splits, order, initial weights and dropout."""
+
+
+class BudgetSpec(Spec):
+    """What the machine may spend; nothing here changes the result beyond rounding."""
+
+    recompute: Literal["auto", "none", "layers", "selective"] = "auto"
+    """Compute activations again in the backward pass: of whole layers, for least memory; or but for the products of
+    frozen weights, for less time. `auto` leaves it to the plan."""
 
 
 class Title(Spec):
@@ -135,6 +145,7 @@ class Recipe(Title):
     method: SerializeAsAny[Method]
     data: DataSpec
     train: TrainSpec = TrainSpec()
+    budget: BudgetSpec = BudgetSpec()
     notes: tuple[str, ...] = Field(default=(), exclude=True)
     """What the loader had to say, for whoever shows it."""
 
@@ -143,7 +154,7 @@ class Recipe(Title):
         return yaml12.dumps(self.model_dump(mode="json"))
 
 
-_PARTS: dict[str, type[Spec]] = {"model": ModelSpec, "data": DataSpec, "train": TrainSpec}
+_PARTS: dict[str, type[Spec]] = {"model": ModelSpec, "data": DataSpec, "train": TrainSpec, "budget": BudgetSpec}
 _PLUGINS: dict[str, registry.Folder] = {"task": "tasks", "method": "methods"}
 _TOP = (*Title.model_fields, *_PLUGINS, *_PARTS)
 

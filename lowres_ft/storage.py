@@ -9,7 +9,7 @@ quantization holds these maxima in 8 bits too: 4.13 bits a weight in all, not 4.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,20 @@ NF4_BLOCK = 64  # weights that share an absolute maximum
 NESTED_BLOCK = 256  # absolute maxima that share one of their own
 NESTED_CODES = 256  # values that one can take
 _AT_ONCE = 2**22  # weights that are in the dtype of a product at once
+_SCALED_AT_ONCE = 2**18  # elements
 _STEP = 7.874015718698502e-3  # 1 / 127 in fp32, as bitsandbytes writes it
+_FUSED = (torch.bfloat16, torch.float16)  # what the fused kernel computes in
+
+Kernel = Literal["dequantize", "triton"]
+"""What multiplies by int8 codes: a product of PyTorch with converted ones, or a kernel of ours that holds none."""
+
+
+def use(module: nn.Module, kernel: Kernel) -> None:
+    """Let all int8 weights of a model be multiplied by a kernel."""
+    for weight in module.modules():
+        if isinstance(weight, Int8):
+            weight.kernel = kernel
+
 
 Through = Callable[[Callable[[], Tensor]], Tensor]
 _through: Through | None = None
@@ -101,7 +114,7 @@ class Coded(Storage):
                 part = torch.addmm(bias[rows], x, weight.t())
             else:
                 part = x @ weight.t()
-                part = part if scale is None else part.mul_(scale)
+                part = part if scale is None else _scaled(part, scale)
                 part = part if bias is None else part.add_(bias[rows])
             if len(weight) == self.outputs:
                 return part
@@ -113,13 +126,28 @@ class Coded(Storage):
     def product_backward(self, dy: Tensor) -> Tensor:
         dx = None
         for rows, weight, scale in self._parts(dy.dtype):
-            part = dy[:, rows] if scale is None else (dy[:, rows] * scale).to(dy.dtype)
+            part = dy[:, rows]
+            if scale is not None:
+                part = _scaled(part.clone(memory_format=torch.contiguous_format), scale)
             part = part @ weight
             if len(weight) == self.outputs:
                 return part
             dx = part.to(torch.promote_types(part.dtype, torch.float32)) if dx is None else dx.add_(part)
         assert dx is not None
         return dx.to(dy.dtype)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """X (N, outputs) times fp32 factors, in its place; of 16 bits a few rows at a time.
+
+    On a processor PyTorch makes fp32 copies of all that it multiplies so; large ones take longer than the product.
+    """
+    if x.dtype == scale.dtype or x.device.type != "cpu":
+        return x.mul_(scale)
+    step = max(1, _SCALED_AT_ONCE // max(1, x.shape[1]))
+    for first in range(0, len(x), step):
+        x[first : first + step].mul_(scale)
+    return x
 
 
 class Int8(Coded):
@@ -130,6 +158,22 @@ class Int8(Coded):
     def __init__(self, codes: Tensor, absmax: Tensor) -> None:
         super().__init__(codes, codes.shape)
         self.register_buffer("absmax", absmax.float())
+        self.kernel: Kernel = "dequantize"
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kernel == "dequantize" or x.dtype not in _FUSED:
+            return super()._product(x, bias)
+        from lowres_ft import fused
+
+        y = fused.product(x, self.weight, self.absmax * _STEP)
+        return y if bias is None else y.add_(bias)
+
+    def product_backward(self, dy: Tensor) -> Tensor:
+        if self.kernel == "dequantize" or dy.dtype not in _FUSED:
+            return super().product_backward(dy)
+        from lowres_ft import fused
+
+        return fused.product_backward(dy, self.weight, self.absmax * _STEP)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[Part]:
         for rows in self._slices():

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowres_ft import libraries
 from lowres_ft.batches import Tokens, steps, steps_per_epoch
 from lowres_ft.device import Machine, sum_over_processes
 from lowres_ft.errors import TrainingError
@@ -56,7 +58,7 @@ class TrainState:
         self.best_metric = -math.inf
         self.best_step = 0
         self.waited = 0
-        self.optimizer = torch.optim.AdamW(_groups(adapted, spec), lr=0.0, betas=_BETAS, fused=plan.fused_optimizer)
+        self.optimizer = _optimizer(adapted, spec, plan)
 
     def record(self, metric: float) -> None:
         """Take note of an evaluation after the current step; keep the tensors if it is the best so far."""
@@ -95,6 +97,37 @@ class TrainState:
         self.best = None if state["best"] is None else dict(state["best"])
         for name, value in state["numbers"].items():
             setattr(self, name, value)
+
+
+def require_optimizer(spec: TrainSpec, device: str) -> None:
+    """Refuse, before a weight is read, an optimizer that a device cannot run.
+
+    Raises:
+        TrainingError: bitsandbytes is not there, or has no such optimizer for it.
+    """
+    if spec.optimizer == "adamw":
+        return
+    kind, why = torch.device(device).type, "which is not installed"
+    try:
+        libraries.bitsandbytes()
+        why = f"whose version {metadata.version('bitsandbytes')} does not have it for {kind}"
+        known = torch._C._dispatch_has_kernel_for_dispatch_key(_KERNEL, kind.upper())  # noqa: SLF001
+    except (ImportError, RuntimeError):
+        known = False
+    if not known:
+        told = f"train.optimizer={spec.optimizer} needs bitsandbytes, {why}"
+        raise TrainingError(told, hint="Use train.optimizer=adamw.")
+
+
+_KERNEL = "bitsandbytes::optimizer_update_8bit_blockwise"
+
+
+def _optimizer(adapted: Adapted, spec: TrainSpec, plan: Plan) -> torch.optim.Optimizer:
+    groups = _groups(adapted, spec)
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, fused=plan.fused_optimizer)
+    found: torch.optim.Optimizer = libraries.bitsandbytes().optim.AdamW8bit(groups, lr=0.0, betas=_BETAS)
+    return found
 
 
 def _groups(adapted: Adapted, spec: TrainSpec) -> list[dict[str, Any]]:

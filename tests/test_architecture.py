@@ -15,8 +15,8 @@ LAYERS = (
     "errors spec yaml12 files libraries events",
     "registry tasks methods clean",
     "recipe overrides assets gguf starters",
-    "device dropout storage factorize linear embedding attach attention timings behaviour quantize reading model data"
-    " batches packing plan bases readers formats profiles guess splits",
+    "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
+    " recompute weights model data batches packing plan bases readers formats profiles guess splits",
     "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs",
     "cli __main__",

@@ -270,7 +270,7 @@ def test_an_unknown_key_below_any_value_is_told(path):
         ("train.epochs.x=1", "train.epochs.x: cannot be set: train.epochs has no keys, it is 2"),
         ("task.labels.0=bad", 'task.labels.0: cannot be set: task.labels has no keys, it is ["negative", "positive"]'),
         ("modle.base=x", "modle: is not a key here (did you mean 'model'?)"),
-        ("notes=[x]", "notes: is not a key here; there are name, summary, task, method, model, data, train"),
+        ("notes=[x]", "notes: is not a key here; there are name, summary, task, method, model, data, train, budget"),
         ("data.train=x\udce9.csv", "data.train: is not UTF-8 text"),
         ("train.=1", "train.=1: is not KEY=VALUE; for example train.epochs=1"),
         ("train.epochs", "train.epochs: is not KEY=VALUE; for example train.epochs=1"),

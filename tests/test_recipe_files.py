@@ -68,7 +68,7 @@ def test_a_recipe_that_is_not_there(name, message, hint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a\n- b\n", "a recipe is a mapping of name, summary, task, method, model, data, train"),
+        (b"- a\n- b\n", "a recipe is a mapping of name, summary, task, method, model, data, train, budget"),
         (b"", "a recipe is a mapping"),
         (b"name: caf\xe9\n", "not UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 9"),
         (b"name: a\nname: b\n", "mine.yaml:2: the key 'name' stands here twice"),

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowres_ft import model
 from lowres_ft import train as training
 from lowres_ft.batches import collate, cut, steps, steps_per_epoch
 from lowres_ft.errors import TrainingError
+from lowres_ft.pipeline import rehearse, run
 from lowres_ft.recipe import EarlyStopping, TrainSpec
 from lowres_ft.train import TrainState, learning_rate, train
 from tests.conftest import Prepared, prepare, recipe
@@ -112,6 +114,57 @@ def test_a_run_begun_again_from_its_state_goes_on_to_the_same_bytes(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     begun = begin["tensors"]
     assert any(not torch.equal(straight[name], begun[name]) for name in straight)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_8_bit_optimizer_learns_and_goes_on_to_the_same_bytes(
+    bases: Bases, reviews: Path, tmp_path: Path, method: str
+):
+    wide = bases("bert", hidden_size=64, intermediate_size=128)
+    changes = [f"method.kind={method}", "train.steps=8", "train.learning_rate=0.003", "train.weight_decay=0.1"]
+    changes += ["method.rank=64", "method.dropout=0.2"] if method == "lora" else []
+    wanted = recipe(wide, reviews, *changes, "train.optimizer=adamw8bit")
+    prepared = prepare(wanted, tmp_path)
+    state = prepared.start()
+    begin = state.state_dict()
+    losses = [step.loss for step in train(state, prepared.tokens["train"], prepared.plan, prepared.machine)]
+    assert losses[-1] < losses[0]
+    straight = {name: tensor.clone() for name, tensor in prepared.adapted.tensors().items()}
+    moments = [one["state1"] for one in state.optimizer.state.values()]
+    assert {moment.dtype for moment in moments if moment.numel() >= 4096} == {torch.uint8}
+    state = prepared.start()
+    state.load_state_dict(begin)
+    finish(prepared, state, 5)
+    held = state.state_dict()
+    finish(prepared, state)  # goes on, and must not change what was held
+    state = prepared.start()
+    state.load_state_dict(held)
+    again = state.state_dict()
+    assert flat(again["optimizer"]) == flat(held["optimizer"])
+    resumed = finish(prepared, state)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def flat(value: object) -> list[object]:
+    """What nested dicts and lists hold, tensors as their bytes."""
+    if isinstance(value, Tensor):
+        return [value.dtype, tuple(value.shape), value.numpy().tobytes()]
+    inner = value.values() if isinstance(value, dict) else value
+    return [part for one in inner for part in flat(one)] if isinstance(value, dict | list) else [value]  # type: ignore
+
+
+def test_an_optimizer_that_a_device_cannot_run_is_refused_before_anything_is_loaded(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = recipe(bases(), reviews, "train.optimizer=adamw8bit")
+    training.require_optimizer(wanted.train, "cpu")
+    with pytest.raises(TrainingError, match=r"adamw8bit needs bitsandbytes, whose version .* does not have it for mps"):
+        training.require_optimizer(wanted.train, "mps")
+    monkeypatch.setattr(training, "_KERNEL", "bitsandbytes::no_such_kernel")
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("weights are read"))
+    for act in (lambda: rehearse(wanted, device_name="cpu"), lambda: run(wanted, tmp_path / "out", device_name="cpu")):
+        with pytest.raises(TrainingError, match=r"does not have it for cpu"):
+            act()
 
 
 def test_steps_are_partitions_of_each_epoch_and_follow_from_the_seed(bases: Bases, reviews: Path, tmp_path: Path):

@@ -161,8 +161,8 @@ def _after(model: "PreTrainedModel", raw: "Tensor", found: "Tensor") -> "After |
 
 def _known(config: Any) -> "Iterator[After]":
     """What the fields of a config may mean for logits; last, that nothing is done."""
-    for functions, names in ((_capped, _CAPS), (mul, _FACTORS), (_divided, _DIVISORS)):
-        yield from (partial(functions, value) for name in names if (value := getattr(config, name, None)))
+    for function, names in ((_capped, _CAPS), (mul, _FACTORS), (_divided, _DIVISORS)):
+        yield from (partial(function, value) for name in names if (value := getattr(config, name, None)))
     yield pos
 
 

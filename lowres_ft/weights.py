@@ -1,0 +1,96 @@
+"""Weights in safetensors files, each tensor read into memory of its own when transformers asks for it.
+
+transformers maps the files. Mapped pages count as memory of the process, and those of a whole file stay as long as one
+of its tensors does; read by safetensors, a tensor lies where it may, and fp32 products differ in their last bit with
+where that is. Here it lies where PyTorch's own would.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import FileIO
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import modeling_utils
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@contextmanager
+def unmapped() -> Iterator[None]:
+    """Let transformers read the files that it would map."""
+    mapping, files = modeling_utils.safe_open, ExitStack()
+
+    def opened(path: Any, *args: Any, **options: Any) -> Any:
+        found = mapping(path, *args, **options)
+        if options.get("backend") != "mmap":
+            return found
+        return _File(files.enter_context(open(path, "rb", buffering=0)), found)
+
+    modeling_utils.safe_open = opened
+    try:
+        with files:
+            yield
+    finally:
+        modeling_utils.safe_open = mapping
+
+
+class _File:
+    """A safetensors file, which safetensors has found sound."""
+
+    def __init__(self, raw: FileIO, file: Any) -> None:
+        self.raw, self.file = raw, file
+        self.keys, self.__exit__ = file.keys, file.__exit__
+        size = int.from_bytes(os.pread(raw.fileno(), 8, 0), "little")
+        header = bytearray(size)
+        self.read(memoryview(header), 8)
+        self.places = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        self.begin = 8 + size
+
+    def get_slice(self, name: str) -> "_Tensor":
+        return _Tensor(self, name)
+
+    def read(self, room: memoryview, at: int) -> None:
+        """Fill a room with the bytes at a place; `pread` may be called by several threads."""
+        while room:
+            count = os.preadv(self.raw.fileno(), [room], at)
+            if not count:
+                raise OSError("a file of weights ends early")
+            room, at = room[count:], at + count
+
+
+class _Tensor:
+    """A tensor that is read when it is asked for."""
+
+    def __init__(self, file: _File, name: str) -> None:
+        self.file, self.name, self.place = file, name, file.places[name]
+
+    def get_shape(self) -> list[int]:
+        return list(self.place["shape"])
+
+    def get_dtype(self) -> str:
+        return str(self.place["dtype"])
+
+    def __getitem__(self, index: Any) -> Tensor:
+        dtype = _DTYPES.get(self.place["dtype"])
+        if dtype is None:  # 8 bits and fewer, of bases that are not taken
+            return self.file.file.get_tensor(self.name)[index]  # type: ignore[no-any-return]
+        whole = torch.empty(self.place["shape"], dtype=dtype)
+        self.file.read(
+            whole.reshape(-1).view(torch.uint8).numpy().data, self.file.begin + self.place["data_offsets"][0]
+        )
+        return whole[index]
