@@ -1,4 +1,4 @@
-"""Adapters put into a loaded model, in the place of its linear layers."""
+"""Adapters put into a loaded model, in the place of its linear layers, and heads that are trained whole."""
 
 from collections.abc import Mapping
 from typing import Any
