@@ -1,7 +1,7 @@
 """`python benchmarks/gpu.py`: lowres-ft and Trainer + PEFT + bitsandbytes on one GPU, without a network and data.
 
-It makes the shapes of well-known models with random weights on the GPU, trains LoRA on random tokens and tells tokens/s,
-peak memory and losses, each way in a process of its own; and what still fits where the process may have less memory.
+It makes the shapes of well-known models with random weights on the GPU, trains LoRA on random tokens and tells of each
+way, in a process of its own, tokens/s, peak memory and losses; and what still fits where it may have less memory.
 Cells that the file `--out` holds already are not measured again. This process imports nothing that is not Python's own.
 """
 
@@ -141,13 +141,12 @@ def _ladder(cell: Cell, session: Session, record: Found) -> Found | None:
         if any(one["at"] == "weights" and one["embeddings"] == str(job.way.embeddings) for one in tried):
             continue  # the same weights
         if _beyond(job, record):
-            at = "by its peak without a cap"
+            found = found | {"way": job.way.name, "at": "peak without a cap"}
         else:
             found = session.child(job)
             if "error" in found or found["fits"]:
                 return found | {"tried": tried}
-            at = found["at"]
-        tried.append({"way": job.way.name, "at": at, "embeddings": str(job.way.embeddings)})
+        tried.append({"way": job.way.name, "at": found["at"], "embeddings": str(job.way.embeddings)})
     return found | {"tried": tried}
 
 
@@ -155,9 +154,9 @@ def _too_small(cell: Cell, record: Found) -> float | None:
     """A larger cap in which nothing fitted."""
     for one in record["cells"].values():
         same = all(one[name] == getattr(cell, name) for name in ("shape", "numbers", "length"))
-        if same and cell.cap and one["cap"] and one["cap"] > cell.cap and not one.get("fits", True):
-            if one["way"].split()[0] == cell.ways[0].family:
-                return float(one["cap"])
+        same = same and one["way"].split()[0] == cell.ways[0].family
+        if same and cell.cap and (one["cap"] or 0) > cell.cap and not one.get("fits", True):
+            return float(one["cap"])
     return None
 
 
@@ -184,6 +183,8 @@ def main() -> int:
     record: Found = {"format": 1, "tiny": given.tiny, "machine": None, "cells": {}}
     if out.is_file():
         record = json.loads(out.read_text(encoding="utf-8"))
+        if record["tiny"] != given.tiny and not given.show:
+            sys.exit(f"error: {out} is of {'tiny' if record['tiny'] else 'whole'} models")
     if not given.show:
         until = None if given.time_limit is None else time.monotonic() + given.time_limit
         session = Session(given.device, given.tiny, given.warmup, given.steps, until)

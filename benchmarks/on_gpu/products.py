@@ -24,26 +24,33 @@ Product = Callable[[Tensor], Tensor]
 
 def measure(job: Job) -> list[dict[str, Any]]:
     """Milliseconds, TFLOP/s and relative error of each kernel, forward and backward."""
+    generator = torch.Generator(job.device).manual_seed(job.seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=job.device, dtype=torch.bfloat16)
+
     found = []
     for outputs, inputs in _widths(job):
-        generator = torch.Generator(job.device).manual_seed(job.seed)
-        weight = torch.randn(outputs, inputs, generator=generator, device=job.device, dtype=torch.bfloat16).mul_(0.02)
+        weight = random(outputs, inputs).mul_(0.02)
         held = quantize.quantized(weight, "int8")
         assert isinstance(held, Int8)
         exact = held.dequantized(torch.float64)
+        rows = job.rows * job.row
+        x, dy = random(rows, inputs), random(rows, outputs)
         for name, (forward, backward) in _kernels(held, weight, job).items():
-            told = {"kernel": name, "rows": job.rows * job.row, "outputs": outputs, "inputs": inputs}
-            for way, product, reference in (("forward", forward, exact.t()), ("backward", backward, exact)):
-                x = torch.randn(
-                    told["rows"], reference.shape[0], generator=generator, device=job.device, dtype=torch.bfloat16
-                )
-                wanted = x[:_CHECKED].double() @ reference
-                error = float((product(x)[:_CHECKED].double() - wanted).norm() / wanted.norm())
-                seconds = _time(product, x, job)
-                rate = 2.0 * x.numel() * reference.shape[1] / seconds
-                told |= {f"{way}_ms": seconds * 1e3, f"{way}_tflops": rate / 1e12, f"{way}_error": error}
+            told = {"kernel": name, "rows": rows, "outputs": outputs, "inputs": inputs}
+            told |= {f"forward_{what}": value for what, value in _figures(forward, x, exact.t(), job).items()}
+            told |= {f"backward_{what}": value for what, value in _figures(backward, dy, exact, job).items()}
             found.append(told)
     return found
+
+
+def _figures(product: Product, x: Tensor, exact: Tensor, job: Job) -> dict[str, float]:
+    """Of a product with a matrix that is known in float64; the first call, which may compile, is not timed."""
+    wanted = x[:_CHECKED].double() @ exact
+    error = float((product(x)[:_CHECKED].double() - wanted).norm() / wanted.norm())
+    seconds = _time(product, x, job)
+    return {"ms": seconds * 1e3, "tflops": 2e-12 * x.numel() * exact.shape[1] / seconds, "error": error}
 
 
 def _widths(job: Job) -> list[tuple[int, int]]:
