@@ -148,7 +148,7 @@ def test_weights_that_do_not_fit_are_tried_once(whole_version: None):
     record: dict[str, Any] = {"machine": None, "cells": {}}
     ladder = [Cell("llama-3.1-8b", "int8", 2048, OUR_LADDER, cap) for cap in (8.0, 6.0)]
     lines = list(gpu.measure(ladder, session, record))
-    assert session.asked == (["ours", "ours layers, row by row, int8 embeddings"],)
+    assert session.asked == (["ours", "ours row by row, int8 embeddings", "ours layers, row by row, int8 embeddings"],)
     assert "OOM (steps)" in lines[0]
     assert "OOM (as in 8 GiB)" in lines[1]
 
@@ -194,6 +194,7 @@ def test_the_tables_tell_ratios_goals_caps_and_what_is_wrong():
     theirs = figures("trainer", **{"tokens/s": 1000.0, "memory": 30 * GIB, "first_loss": 11.9})
     small = Cell("llama-3.1-8b", "int8", 2048, OUR_LADDER, 12.0)
     record = {
+        "tiny": False,
         "cells": {
             "a": trained | figures(),
             "b": trained | theirs,
@@ -202,7 +203,7 @@ def test_the_tables_tell_ratios_goals_caps_and_what_is_wrong():
             "e": figures("ours layers") | named(small),
             "f": {"way": "trainer", "fits": False, "at": "steps"} | named(replace(small, cap=6.0)),
             "g": trained | {"way": "products", "fits": True, "products": [product()]},
-        }
+        },
     }
     text = "\n".join(table.lines(record))
     assert "3,000     10.00 GiB  11.00 GiB  11.800 -> 11.700  3.00                 0.33" in text
@@ -210,8 +211,11 @@ def test_the_tables_tell_ratios_goals_caps_and_what_is_wrong():
     assert "trainer: OOM" in text
     assert "dequantize" in text
     goals = text.partition("Goals")[2]
-    assert "ours                            trainer  3.00             0.33             met" in goals
-    assert "12 GiB" in goals
+    assert [line.split() for line in goals.splitlines()[2:5]] == [
+        ["ours", "trainer", "3.00", "0.33", "met"],
+        ["ours", "layers", "trainer", "3.00", "0.33", "met"],
+        ["ours", "layers", "12", "GiB", "met"],
+    ]
     assert [*table.wrong(record)] == [
         "d: TritonError: bad",
         "llama-3.1-8b int8 2048: ours layers and trainer begin with losses of 9.0000 and 11.9000",

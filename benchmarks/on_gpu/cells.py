@@ -53,6 +53,7 @@ _TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+_MARKS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 _TINY_WRITER = _TINY | {"num_key_value_heads": 2, "head_dim": 16}
 
 SHAPES: dict[str, Shape] = {
@@ -104,7 +105,7 @@ SHAPES: dict[str, Shape] = {
         generates=False,
         published="float32",
         tokens=16384,
-        tiny=_TINY | {"local_attention": 8},
+        tiny=_TINY | {"local_attention": 8, **dict.fromkeys(_MARKS, 0)},
     ),
     "bert-base": Shape(
         config={

@@ -34,10 +34,10 @@ def measure(job: Job) -> list[dict[str, Any]]:
         weight = random(outputs, inputs).mul_(0.02)
         held = quantize.quantized(weight, "int8")
         assert isinstance(held, Int8)
-        exact = held.dequantized(torch.float64)
         rows = job.rows * job.row
         x, dy = random(rows, inputs), random(rows, outputs)
         for name, (forward, backward) in _kernels(held, weight, job).items():
+            exact = weight.double() if name == "bf16" else held.dequantized(torch.float64)
             told = {"kernel": name, "rows": rows, "outputs": outputs, "inputs": inputs}
             told |= {f"forward_{what}": value for what, value in _figures(forward, x, exact.t(), job).items()}
             told |= {f"backward_{what}": value for what, value in _figures(backward, dy, exact, job).items()}

@@ -24,7 +24,8 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
     for one in found:
         if "products" in one:
             yield from _titled(f"Products of int8 weights, {one['shape']}", _products(one["products"]))
-    yield from _titled("Goals", _goals(trained))
+    if not record["tiny"]:
+        yield from _titled("Goals", _goals(trained))
     yield from (f"error: {one}" for one in wrong(record))
 
 
