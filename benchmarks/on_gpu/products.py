@@ -68,7 +68,7 @@ def _kernels(held: Int8, weight: Tensor, job: Job) -> dict[str, tuple[Product, P
     found = {"bf16": of(Plain(weight)), "dequantize": of(held)}
     if importlib.util.find_spec("lowres_ft.fused") and job.device != "cpu":
         fused = Int8(held.weight, held.absmax)
-        fused.kernel = "triton"  # type: ignore[assignment]  # where this version has it
+        vars(fused).update(kernel="triton")
         found["triton"] = of(fused)
     found["LLM.int8"] = _bitsandbytes(held)
     return found
