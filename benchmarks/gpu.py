@@ -3,6 +3,7 @@
 It makes the shapes of well-known models with random weights on the GPU, trains LoRA on random tokens and tells of each
 way, in a process of its own, tokens/s, peak memory and losses; and what still fits where it may have less memory.
 Cells that the file `--out` holds already are not measured again. This process imports nothing that is not Python's own.
+Not yet run on a GPU.
 """
 
 import argparse
@@ -96,7 +97,9 @@ def has(way: Way) -> bool:
 
 def lacking(cell: Cell) -> list[str]:
     """Modules that a cell needs and that are not installed."""
-    needed = [*_COMPUTES, *["bitsandbytes"] * (cell.numbers != "bf16"), *["peft"] * (cell.ways[0].family == "trainer")]
+    first = cell.ways[0]
+    needed = [*_COMPUTES, *["bitsandbytes"] * (cell.numbers != "bf16"), *["peft"] * (first.family == "trainer")]
+    needed += ["triton"] * (first.kernel == "triton")
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 

@@ -248,7 +248,9 @@ def _essential(caps: tuple[float | None, ...] | None) -> Iterator[Cell]:
     if caps is None or None in caps:
         yield Cell(large, "int8", 2048, (PRODUCTS,))
         yield from _ways(large, "int8", 2048)
+    if caps is None:
         yield from _capped(large, "int8", 2048, GOAL_CAP)
+    if caps is None or None in caps:
         for numbers in _NUMBERS:
             yield from (Cell(small, numbers, 2048, (way,)) for way in (OURS, TRAINER))
     for cap in CAPS if caps is None else caps:
