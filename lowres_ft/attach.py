@@ -1,6 +1,7 @@
-"""Adapters put into a loaded model, in the place of its linear layers."""
+"""Adapters put into a loaded model, in the place of its linear layers, and heads that are trained whole."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowres_ft import linear, profiles, quantize
 from lowres_ft.dropout import DropoutKeys
+from lowres_ft.errors import ModelError
 from lowres_ft.linear import AdaptedLinear, LowRankLinear
 from lowres_ft.methods.base import Adapter, LowRank, Method
 from lowres_ft.storage import Plain, Storage
@@ -63,6 +65,31 @@ def begin(model: PreTrainedModel, method: Method, chosen: tuple[str, ...], origi
             layer.take_back()
         else:
             layer.begin_with(originals[name].to(held) - held)
+
+
+def train_heads(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
+    """Train the heads in fp32, whatever the base does.
+
+    Raises:
+        ModelError: PEFT could not tell a head from another module.
+    """
+    _require_distinct(model, heads)
+    for head in heads:
+        module = model.get_submodule(head).float().requires_grad_(True)
+        module.register_forward_pre_hook(_to_float32)
+
+
+def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
+    """PEFT restores every module whose name ends in a head's name: no other module may."""
+    for name, _ in model.named_modules():
+        for head in heads:
+            if name.endswith(head) and not any(f"{name}.".startswith(f"{other}.") for other in heads):
+                raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A head's inputs in fp32."""
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:

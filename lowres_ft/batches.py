@@ -11,15 +11,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lowres_ft.data import Rows
 from lowres_ft.errors import DataError
 from lowres_ft.files import writing
 from lowres_ft.model import Adapted
 from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged, supervised
+
+if TYPE_CHECKING:
+    from lowres_ft.data import Rows
 
 _WINDOW = 16  # batches that are sorted by length together, so that little of a batch is padding
 _AT_ONCE = 1024  # texts that pass the tokenizer together
@@ -40,7 +43,7 @@ class Tokens:
     """(N + 1,) int64 offsets into targets."""
     firsts: np.ndarray
     """(R + 1,) int64 the first sequence of each row."""
-    rows: Rows | None = None
+    rows: "Rows | None" = None
     """The rows that the sequences are of; None for texts that came without a file."""
     left_out: tuple[str, ...] = ()
     """File and line of the examples that the task left out."""
@@ -89,7 +92,7 @@ class Tokens:
         return [str(where) for where in self.rows.table["where"].take(self.rows.index[rows]).to_pylist()]
 
 
-def tokenize(adapted: Adapted, rows: Rows, path: Path) -> Tokens:
+def tokenize(adapted: Adapted, rows: "Rows", path: Path) -> Tokens:
     """Tokenize a split into files at `path` (.ids, .targets and .segments), which are then memory-mapped.
 
     Raises:

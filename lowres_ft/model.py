@@ -4,7 +4,7 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -81,6 +81,14 @@ class Adapted:
             tensor.copy_(tensors[name])
 
 
+class Loaded(NamedTuple):
+    """A base with the head of a task, before anything is added."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heads: tuple[str, ...]
+
+
 def load(
     recipe: Recipe,
     base: Base,
@@ -100,8 +108,20 @@ def load(
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
     recipe.task.prepare(tokenizer)
-    dtype = getattr(torch, plan.dtype)
     model, heads = _load_model(recipe, base, profile, plan, tokenizer)
+    adapted = adapt(recipe, base, profile, plan, Loaded(model, tokenizer, heads), new=new)
+    behaviour.require(adapted)
+    return adapted
+
+
+def adapt(recipe: Recipe, base: Base, profile: Profile, plan: Plan, loaded: Loaded, *, new: bool = True) -> Adapted:
+    """Add to a base whose weights are there what the method trains, in place.
+
+    Raises:
+        ModelError: It cannot be adapted as asked.
+    """
+    model, tokenizer, heads = loaded
+    dtype = getattr(torch, plan.dtype)
     keys = DropoutKeys(recipe.train.seed)
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
@@ -111,16 +131,14 @@ def load(
         if new:
             originals = _originals(recipe, base, plan, kept) if recipe.method.corrects_quantization else {}
             attach.begin(model, recipe.method, chosen, originals)
-        _train_heads(model, heads)
+        attach.train_heads(model, heads)
     if recipe.model.quantize_embeddings:
         embedding.hold(model, dtype)
     storage.use(model, plan.int8)
     recompute.apply(model, profile.stack, plan.recompute)
     model.train(recipe.model.dropout > 0)
     known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
-    adapted = Adapted(model, tokenizer, *known)
-    behaviour.require(adapted)
-    return adapted
+    return Adapted(model, tokenizer, *known)
 
 
 def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -> dict[str, Tensor]:
@@ -310,24 +328,3 @@ def _outermost(model: PreTrainedModel, missing: set[str], mismatched: set[str], 
             )
         found[name] = None
     return tuple(found)
-
-
-def _require_distinct(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
-    """PEFT restores every module whose name ends in a head's name: no other module may."""
-    for name, _ in model.named_modules():
-        for head in heads:
-            if name.endswith(head) and not any(f"{name}.".startswith(f"{other}.") for other in heads):
-                raise ModelError(f"PEFT cannot tell the head '{head}' from the module '{name}' of this base")
-
-
-def _train_heads(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
-    """Train the heads in fp32, whatever the base does."""
-    _require_distinct(model, heads)
-    for head in heads:
-        module = model.get_submodule(head).float().requires_grad_(True)
-        module.register_forward_pre_hook(_to_float32)
-
-
-def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A head's inputs in fp32."""
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

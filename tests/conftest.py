@@ -113,10 +113,10 @@ class Prepared:
         return train.start(self.recipe, self.adapted, self.tokens["train"], self.plan)
 
 
-def prepare(recipe: Recipe, work: Path, **plan_changes: object) -> Prepared:
+def prepare(recipe: Recipe, work: Path, device_name: str = "cpu", **plan_changes: object) -> Prepared:
     """Do what a run does before its first step."""
     work.mkdir(exist_ok=True)
-    machine = device.find("cpu")
+    machine = device.find(device_name)
     rows = data.load(recipe, work)
     resolved = recipe.model_copy(update={"task": rows.task})
     base = base_module.resolve(recipe.model)

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/gpu.py`; only `cells` and `table` are imported where there is no PyTorch."""
