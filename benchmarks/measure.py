@@ -25,7 +25,7 @@ def measure(job: Job) -> dict[str, Any]:
     imported = resident_bytes()
     clock = Clock(job.work.clocked, job.device)
     made: Made = contender.run(job, clock)
-    peak = _peak_bytes(job.device)
+    peak = peak_bytes(job.device)
     loss, items = held_out_loss(made, job)
     return {
         "contender": job.contender.name,
@@ -55,7 +55,7 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak_bytes(device: str) -> int:
+def peak_bytes(device: str) -> int:
     """Most memory so far; our library, which knows it, is not imported before a peer is done."""
     from lowres_ft.device import peak_bytes
 
