@@ -100,18 +100,18 @@ def _answered(variant: Variant, seed: int, change: Sequence[str], folder: Path) 
     import tempfile
 
     import lowres_ft
-    from lowres_ft import device, prediction
+    from lowres_ft import batches, device, evaluate, prediction
 
     recipe = lowres_ft.load_recipe(variant.recipe, [f"train.seed={seed}", *variant.changed, *change])
     bundle = lowres_ft.open_bundle(folder) if folder.is_dir() else lowres_ft.run(recipe, folder)
     with tempfile.TemporaryDirectory() as room:
         rows, _ = prediction.held_out(bundle, Path(room), None)
-        examples = list(rows.examples(bundle.recipe.task))
-        predictor = lowres_ft.Predictor(*bundle.load(device.find("auto")))
-        found = {
-            f"{example.where} {example.text}": prediction["label"] == example.label
-            for example, prediction in zip(examples, predictor(examples), strict=True)
-        }
+        adapted, plan = bundle.load(device.find("auto"))
+        tokens = batches.tokenize(adapted, rows, Path(room) / "test")
+        predicted = evaluate.outputs(adapted, tokens, plan).values.argmax(1)
+        examples = rows.examples(bundle.recipe.task)
+        right = (predicted == tokens.truth.values).tolist()
+        found = {f"{example.where} {example.text}": each for example, each in zip(examples, right, strict=True)}
     kept.write_text(json.dumps(found), encoding="utf-8")
     return found
 
