@@ -17,7 +17,7 @@ LAYERS = (
     "recipe overrides assets gguf starters",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits",
-    "train evaluate bundle border probes card merging prediction generation contrast",
+    "train evaluate bundle border probes card merging prediction generation contrast checks checking",
     "report pipeline runs",
     "cli __main__",
 )
