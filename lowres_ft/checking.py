@@ -16,7 +16,8 @@ from lowres_ft.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FEW = 2000  # rows of a split that a run looks at
+_FEW = 2000  # rows of a split of which a run takes samples
+_MANY = 200_000  # rows of a split that a run looks at
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,14 @@ def check(recipe: Recipe, *, listen: Listener = unheard) -> Checked:
             listen(Stage(f"checking {one.kind}"))
             found += one.find(survey)
         sizes = {name: len(split) for name, split in rows.splits().items()}
-    return Checked(sizes, _labels(rows), rows.notes, _ordered(found))
+    labels: tuple[str, ...] = getattr(rows.task, "labels", None) or ()
+    return Checked(sizes, labels, rows.notes, _ordered(found))
 
 
 def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    """What matters most, a line each, of the first rows of each split, for a run that begins.
-
-    Checks that take long are left out where there are more rows than that.
-    """
+    """What matters most, a line each, for a run that begins; with many rows, without the checks that take long."""
     many = max(len(split) for split in rows.splits().values()) > _FEW
-    survey = Survey.of(rows, tokenizer, _FEW)
+    survey = Survey.of(rows, tokenizer, first=_MANY, most=_FEW)
     found = [finding for one in _checks() if not (many and one.costly) for finding in one.find(survey)]
     for finding in _ordered(found):
         if finding.severity != "info":
@@ -96,7 +95,3 @@ def _checks() -> Iterator[Check]:
 
 def _ordered(found: list[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda one: SEVERITIES.index(one.severity)))
-
-
-def _labels(rows: Data) -> tuple[str, ...]:
-    return rows.task.names

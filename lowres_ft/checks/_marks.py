@@ -66,6 +66,10 @@ KINDS = tuple(_EACH)
 _ALWAYS = ("placeholder_texts", "wordless_texts")
 
 
+_HIDES = {"mojibake": "control_characters"}
+"""Damage that shows as another one too, which need not be told then: cp1252's signs read as Latin-1."""
+
+
 def marks(texts: Sequence[str]) -> int:
     """The bits of what any of some texts shows."""
     found = 0
@@ -74,4 +78,7 @@ def marks(texts: Sequence[str]) -> int:
         for place, (kind, shows) in enumerate(_EACH.items()):
             if (not plain or kind in _ALWAYS) and shows(text):
                 found |= 1 << place
+    for kind, other in _HIDES.items():
+        if found >> KINDS.index(kind) & 1:
+            found &= ~(1 << KINDS.index(other))
     return found

@@ -129,17 +129,19 @@ class Survey:
     tokenizer: "PreTrainedTokenizerBase | None" = None
     """The base's, ready for the task; None where lengths are not to be told."""
     most: int | None = None
-    """Rows of a split that a check may sample, where fewer are wanted than it would."""
+    """Rows of a split that a check may sample, where it would sample more."""
 
     @classmethod
     def of(
-        cls, rows: Data, tokenizer: "PreTrainedTokenizerBase | None" = None, most: int | None = None
+        cls,
+        rows: Data,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        first: int | None = None,
+        most: int | None = None,
     ) -> "Survey":
-        """Look at every row of every split once; `most` bounds those that are looked at."""
-        parts = {}
-        for name, split in rows.splits().items():
-            seen = split if most is None else split.take(np.arange(min(most, len(split))))
-            parts[name] = Part.of(name, rows.task, seen)
+        """Look once at every row of every split, or at the `first` ones; samples have `most` rows at the most."""
+        parts = {name: Part.of(name, rows.task, _first(split, first)) for name, split in rows.splits().items()}
         return cls(rows.task, parts, tokenizer, most)
 
     @property
@@ -156,6 +158,10 @@ class Survey:
     def has_classes(self) -> bool:
         """Whether each row as a whole has labels."""
         return self.task.kind == "classification"
+
+
+def _first(rows: Rows, most: int | None) -> Rows:
+    return rows if most is None or len(rows) <= most else rows.take(np.arange(most))
 
 
 def _answer(task: Task, example: Any) -> int:

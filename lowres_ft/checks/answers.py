@@ -50,6 +50,7 @@ class Answers(Check):
 def _echoed(part: Part, pairs: list[tuple[int, str, str]], looked: int) -> Iterator[Finding]:
     rows = np.array(list(dict.fromkeys(row for row, asked, answer in pairs if asked == answer)), dtype=np.int64)
     if len(rows):
+        severity: Literal["warning", "info"] = "warning" if len(rows) >= 0.01 * looked else "info"
         asked = next(asked for _, asked, answer in pairs if asked == answer)
         message = f"the answer is the question again: {shown(asked)}"
-        yield part.finding("echoed_questions", "warning", rows, message, "Were columns mixed up?", of=looked)
+        yield part.finding("echoed_questions", severity, rows, message, "Were columns mixed up?", of=looked)

@@ -96,11 +96,12 @@ def _few(part: Part) -> Finding:
     if part.name == "train":
         message, hint = "so few rows teach little", "`lowres-ft curve` tells what more of them would bring."
     else:
-        # The widest 95 % interval of a share is 1.96 * sqrt(0.25 / n) to each side.
-        wide = min(1.0, 1.96 * (0.25 / len(part)) ** 0.5)
-        message = f"so few rows leave a score uncertain by about {wide:.2f} to each side"
+        message = "so few rows leave a score uncertain"
+        if part.task.kind == "classification":
+            # The widest 95 % interval of a share is 1.96 * sqrt(0.25 / n) to each side.
+            message += f", by up to {min(1.0, 1.96 * (0.25 / len(part)) ** 0.5):.2f} to each side"
         hint = f"Hold out more (data.{part.name}), or take differences between scores for chance."
-    return part.finding("few_rows", "warning", np.arange(len(part)), f"{len(part):,} rows: {message}", hint)
+    return part.finding("few_rows", "warning", np.arange(len(part)), message, hint)
 
 
 def _missing(part: Part, train: Counter[str], held: Counter[str]) -> Iterator[Finding]:

@@ -59,6 +59,8 @@ class Damage(Check):
         what, hint = _TOLD[kind]
         first = part.first(rows)[:1]
         said = next(" ".join(texts(example)) for example in part.examples(first))
+        if "strip_html" in hint and part.task.spans_refer_to_text:
+            hint = "Mend them before the places of entities are counted: cleaning would move them."
         severe = len(rows) >= self.warn_from * len(part) or kind == "replacement_characters"
         message = f"texts {what}, first {shown(said)}"
         return part.finding(kind, "warning" if severe else "info", rows, message, hint)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from lowres_ft.checks._survey import Part, Survey, shown, texts
 from lowres_ft.checks.base import Check, Finding
+from lowres_ft.tasks import _tfidf
 
 _FOLDS = 5
 _SEED = 7
@@ -23,10 +24,14 @@ class Mislabelled(Check):
     """Training rows that are looked at, at the most."""
     doubtful: float = Field(default=0.05, gt=0, lt=1)
     """Probability of the given label, at the most, of a row that is told."""
+    sure: float = Field(default=0.8, gt=0, lt=1)
+    """Probability of another label, at the least, of a row that is told."""
     rows_of_label: int = Field(default=2 * _FOLDS, ge=_FOLDS)
     """Rows of a label from which it is looked at."""
-    able: float = Field(default=0.6, gt=0, lt=1)
+    able: float = Field(default=0.8, gt=0, lt=1)
     """Out-of-fold accuracy below which the simple model knows too little to doubt a label."""
+    warn_from: float = Field(default=0.01, gt=0, le=1)
+    """Share of the rows from which suspects are a warning; below, they are an info."""
     costly = True
 
     def find(self, survey: Survey) -> Iterator[Finding]:
@@ -58,7 +63,9 @@ class Mislabelled(Check):
             found = find_label_issues(
                 given, probabilities, return_indices_ranked_by="self_confidence", filter_by="both", n_jobs=1
             )
-        return np.array([row for row in found if probabilities[row, given[row]] <= self.doubtful], dtype=np.int64)
+        doubted = (probabilities[found, given[found]] <= self.doubtful) & (probabilities[found].max(1) >= self.sure)
+        suspects: np.ndarray = found[doubted]
+        return suspects
 
     def _told(
         self,
@@ -76,22 +83,25 @@ class Mislabelled(Check):
             told.append(f"{shown(' '.join(texts(example)))} is {names[0]!r}, not {names[1]!r}?")
         message = f"labels may be wrong: {' '.join(told)}"
         hint = "Read them, worst first: a simple model that did not see a row is almost sure of another label."
+        severity: Literal["warning", "info"] = "warning" if len(suspects) >= self.warn_from * len(given) else "info"
         found = part.finding(
-            "label_errors", "warning", positions[suspects], message, hint, of=len(positions), ranked=True
+            "label_errors", severity, positions[suspects], message, hint, of=len(positions), ranked=True
         )
         return found.model_copy(update={"sampled": len(positions) < len(part)})
 
 
 def _out_of_fold(part: Part, positions: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """(N, C) probabilities of each row's classes by a baseline that did not see it, nor a text equal to it."""
-    from scipy.special import softmax
-    from sklearn.model_selection import StratifiedGroupKFold
+    """(N, C) probabilities of each row's classes by a model that did not see it, nor a text equal to it."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
 
     examples = list(part.examples(positions))
+    words, _ = _tfidf.features(examples, examples[:1])  # of all rows: how rare a word is tells no label
+    # One label against the others, each by liblinear: a tenth of the time of the baseline's solver.
+    model = OneVsRestClassifier(LogisticRegression(C=_tfidf.INVERSE_PENALTY, solver="liblinear", random_state=_SEED))
     found = np.zeros((len(positions), len(part.task.names)))
-    folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=_SEED)
-    for seen, unseen in folds.split(positions, classes, part.keys[positions]):
-        train, test = ([examples[row] for row in rows] for rows in (seen, unseen))
-        outputs = part.task.baselines(train, test, _SEED)["tfidf"].values
-        found[unseen] = softmax(outputs.reshape(len(test), -1), axis=1)
+    _, text = np.unique(part.keys[positions], return_inverse=True)
+    fold = (np.random.default_rng(_SEED).permutation(int(text.max()) + 1) % _FOLDS)[text]
+    for seen, unseen in ((np.flatnonzero(fold != one), np.flatnonzero(fold == one)) for one in range(_FOLDS)):
+        found[np.ix_(unseen, np.unique(classes[seen]))] = model.fit(words[seen], classes[seen]).predict_proba(words[unseen])
     return found

@@ -11,6 +11,10 @@ WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
 """A word, a character of a script without spaces, or a sign: so that no text is without words."""
 
 
+INVERSE_PENALTY = 4.0
+"""C of the regression: the inverse of its L2 penalty."""
+
+
 class Texts(Protocol):
     """An example with a text, and a second one where it is a pair."""
 
@@ -44,4 +48,4 @@ def regression(seed: int) -> "LogisticRegression":
     """A logistic regression, not yet fitted."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=4.0, max_iter=1000, random_state=seed)
+    return LogisticRegression(C=INVERSE_PENALTY, max_iter=1000, random_state=seed)
