@@ -55,7 +55,11 @@ class Entities(Check):
         for words, by_type in places.items():
             usual = max(by_type, key=lambda label: len(by_type[label]))
             others = sum(len(rows) for label, rows in by_type.items() if label != usual)
-            if others and len(by_type[usual]) >= self.times and others <= self.outvoted * (others + len(by_type[usual])):
+            if (
+                others
+                and len(by_type[usual]) >= self.times
+                and others <= self.outvoted * (others + len(by_type[usual]))
+            ):
                 odd = [label for label in by_type if label != usual]
                 found += [(row, words) for label in odd for row in by_type[label]]
                 told[f"{words!r} is {usual} {len(by_type[usual])} times, {' or '.join(odd)} {others} times"] = others
@@ -80,7 +84,12 @@ class Entities(Check):
             if count >= self.times and 0 < len(bare[word]) <= self.outvoted * (count + len(bare[word]))
         }
         if found:
-            told = Counter({f"{word!r} is marked {marked[word]} times, not {len(rows)} times": len(rows) for word, rows in found.items()})
+            told = Counter(
+                {
+                    f"{word!r} is marked {marked[word]} times, not {len(rows)} times": len(rows)
+                    for word, rows in found.items()
+                }
+            )
             rows = np.array(list(dict.fromkeys(row for rows in found.values() for row in rows)))
             message = f"words that are entities elsewhere are not marked: {_first(told)}"
             hint = "If they were overlooked, mark them: each teaches that there is nothing to find."

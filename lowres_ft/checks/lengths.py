@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -85,7 +85,9 @@ class Lengths(Check):
             if 0 < len(rows) < 0.05 * len(part):
                 ranked = rows[np.argsort(part.characters[rows], kind="stable")][:: -1 if word == "more" else 1]
                 extreme = int(part.characters[ranked[0]])
-                message = f"texts have {self.far:g} times {word} than the {median:.0f} characters that are usual: {extreme:,}"
+                message = (
+                    f"texts have {self.far:g} times {word} than the {median:.0f} characters that are usual: {extreme:,}"
+                )
                 hint = "Look at them: several rows run together, or a text that was cut off?"
                 yield part.finding(kind, "info", ranked, message, hint, ranked=True)
 

@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(recipes.recipe, recipes.list_, recipes.show, checks.check, recipes.new),
+    *(recipes.recipe, recipes.list_, recipes.show, checks.check, checks.curve, recipes.new),
     *(bundles.evaluate, bundles.predict, chat.chat, bundles.merge, bundles.verify, bundles.base),
 )
 for _command in _COMMANDS:
