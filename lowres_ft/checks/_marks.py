@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 _TAGS = (
-    "a abbr article b blockquote body br button center code div em font footer form h[1-6] head header hr html i iframe "
-    "img input label li link main meta nav noscript ol option p pre script section select small span strong style sub "
+    "a abbr article b blockquote body br button center code div em font footer form h[1-6] head header hr html i "
+    "iframe img input label li link main meta nav noscript ol option p pre script section select small span strong style sub "
     "sup svg table tbody td th thead title tr tt u ul video"
 )
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:\s+[^<>]*)?/?>|<!--|<!doctype\b", re.IGNORECASE)
@@ -15,7 +15,8 @@ _ENTITY = re.compile(r"&(?:[a-z]{2,8}\d{0,2}|#\d{2,7}|#x[0-9a-f]{2,6});", re.IGN
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # Zero-width space, soft hyphen, byte order mark, marks of direction, tags; not the joiners, which scripts need.
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f]")
-_ESCAPE = re.compile(r"\\[nrt](?![a-z])|\\u[0-9a-f]{4}|\\x[0-9a-f]{2}|\\[\"']", re.IGNORECASE)
+# Not in the middle of small letters, as in a path: C:\\new.
+_ESCAPE = re.compile(r"\\[nrt](?=[A-Z\s\\]|$)|(?<=[.!?,;:)\s])\\[nrt]|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[\"']")
 _PLACEHOLDER = re.compile(
     r"\W*(?:null|none|nan|na|n/a|nil|undefined|missing|empty|unknown|deleted|removed|no text|no comment|no review"
     r"|no content|lorem ipsum.*|test|todo|tbd|xxx+)\W*|#(?:n/a|ref!|value!|name\?|div/0!)",

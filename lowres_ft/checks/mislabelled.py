@@ -22,13 +22,11 @@ class Mislabelled(Check):
     kind: Literal["mislabelled"] = "mislabelled"
     sample: int = Field(default=10_000, ge=1)
     """Training rows that are looked at, at the most."""
-    doubtful: float = Field(default=0.05, gt=0, lt=1)
-    """Probability of the given label, at the most, of a row that is told."""
-    sure: float = Field(default=0.8, gt=0, lt=1)
-    """Probability of another label, at the least, of a row that is told."""
+    sure: float = Field(default=0.5, gt=0, lt=1)
+    """A row is told whose other label is as probable as it is for this share of the rows that have it."""
     rows_of_label: int = Field(default=2 * _FOLDS, ge=_FOLDS)
     """Rows of a label from which it is looked at."""
-    able: float = Field(default=0.8, gt=0, lt=1)
+    able: float = Field(default=0.9, gt=0, lt=1)
     """Out-of-fold accuracy below which the simple model knows too little to doubt a label."""
     warn_from: float = Field(default=0.01, gt=0, le=1)
     """Share of the rows from which suspects are a warning; below, they are an info."""
@@ -55,7 +53,7 @@ class Mislabelled(Check):
             yield self._told(part, positions, suspects, given, probabilities, kept)
 
     def _suspects(self, given: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-        """Places of the rows that cleanlab prunes by both of its rules, and whose label is doubtful; worst first."""
+        """Places of the rows that cleanlab prunes by both of its rules, and whose other label is sure; worst first."""
         from cleanlab.filter import find_label_issues
 
         with warnings.catch_warnings():
@@ -63,7 +61,12 @@ class Mislabelled(Check):
             found = find_label_issues(
                 given, probabilities, return_indices_ranked_by="self_confidence", filter_by="both", n_jobs=1
             )
-        doubted = (probabilities[found, given[found]] <= self.doubtful) & (probabilities[found].max(1) >= self.sure)
+        # (C,) how probable each label is for the rows that have it.
+        usual = np.array(
+            [np.quantile(probabilities[given == index, index], self.sure) for index in range(probabilities.shape[1])]
+        )
+        other = probabilities[found].argmax(1)
+        doubted = (other != given[found]) & (probabilities[found, other] >= usual[other])
         suspects: np.ndarray = found[doubted]
         return suspects
 
