@@ -27,7 +27,7 @@ GERMAN = (
     "Die Nachbarn wissen nicht, warum der Zug heute schon wieder eine halbe Stunde zu spät gekommen ist.",
     "Wenn das Wetter morgen besser wird, fahren wir mit den Kindern an den See und bleiben bis zum Abend.",
 )
-RUSSIAN = "Вчера мы долго говорили о книгах, которые нам посоветовал учитель"
+RUSSIAN = "Вчера мы долго говорили о книгах, которые нам посоветовал учитель"  # noqa: RUF001
 
 
 def sentence(drawn: random.Random, words: Sequence[str]) -> str:
@@ -63,7 +63,7 @@ def sentences(count: int) -> list[dict[str, Any]]:
     drawn, cities = random.Random(3), "Paris London Berlin Madrid Vienna Prague".split()
     rows = []
     for _ in range(count):
-        words = [drawn.choice(_WHO), *sentence(drawn, _GOOD).split()[:6], "in", drawn.choice(cities)]
+        words = [drawn.choice(_WHO), *sentence(drawn, _GOOD).split()[:14], "in", drawn.choice(cities)]
         rows.append({"words": words, "tags": ["B-PER", *["O"] * (len(words) - 2), "B-LOC"]})
     return rows
 

@@ -98,7 +98,7 @@ def test_a_planted_fault_of_entities_is_named(kind: str, change, bases: Bases, t
     change(rows)
     found = named(checking.check(ner(bases(), tmp_path, rows, "task.max_length=32", "task.overlap=4")).findings, kind)
     assert found.rows
-    assert not found.severity == "error"
+    assert found.severity != "error"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_planted_fault_of_entities_is_named(kind: str, change, bases: Bases, t
         ("echoed_questions", lambda row, at: row | {"completion": row["prompt"]} if at == 4 else row, ()),
         (
             "cut_answers",
-            lambda row, at: row | {"completion": row["completion"] * 3} if at == 4 else row,
+            lambda row, at: row | {"completion": row["completion"] * 9} if at == 4 else row,
             ("task.max_length=600",),
         ),
         ("left_out", lambda row, at: row | {"prompt": row["prompt"] * 20} if at == 4 else row, ("task.too_long=drop",)),
@@ -188,7 +188,7 @@ def test_answers_that_are_cut_off_whole_are_told_as_a_run_does(chat_bases: Bases
     rows = planted.chats(120)
     rows[4]["prompt"] *= 20
     wanted = chat(chat_bases(), tmp_path, rows)
-    with pytest.raises(DataError, match="task.max_length=2000 cuts all answers off in") as caught:
+    with pytest.raises(DataError, match=r"task\.max_length=2000 cuts all answers off in") as caught:
         checking.check(wanted)
     with pytest.raises(DataError) as again:
         run(wanted, tmp_path / "bundle", device_name="cpu")

@@ -138,7 +138,7 @@ def test_what_cannot_be_a_curve_is_told(bases: Bases, rows: Path, tmp_path: Path
     (tmp_path / "work").mkdir()
     with pytest.raises(DataError, match="there are 192 training rows, so none can train on 500"):
         curve.measure(recipe(bases(), rows), tmp_path / "work", sizes=[50, 500], device_name="cpu")
-    with pytest.raises(DataError, match="data.test is null"):
+    with pytest.raises(DataError, match=r"data\.test is null"):
         curve.measure(recipe(bases(), rows, "data.test=null"), tmp_path / "work", device_name="cpu")
     with pytest.raises(DataError, match="a curve needs four sizes: three to fit it and one to check it, not 2"):
         curve.fitted(recipe(bases(), rows), scores({100: 0.5, 200: 0.6}))

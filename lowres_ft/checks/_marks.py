@@ -7,8 +7,8 @@ from functools import lru_cache
 
 _TAGS = (
     "a abbr article b blockquote body br button center code div em font footer form h[1-6] head header hr html i "
-    "iframe img input label li link main meta nav noscript ol option p pre script section select small span strong style sub "
-    "sup svg table tbody td th thead title tr tt u ul video"
+    "iframe img input label li link main meta nav noscript ol option p pre script section select small span strong "
+    "style sub sup svg table tbody td th thead title tr tt u ul video"
 )
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:\s+[^<>]*)?/?>|<!--|<!doctype\b", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:[a-z]{2,8}\d{0,2}|#\d{2,7}|#x[0-9a-f]{2,6});", re.IGNORECASE)
@@ -33,7 +33,7 @@ def _mojibake(text: str) -> bool:
         return False
     import ftfy
 
-    return ftfy.fix_encoding(text) != text
+    return bool(ftfy.fix_encoding(text) != text)
 
 
 def _placeholder(text: str) -> bool:

@@ -55,7 +55,7 @@ class Languages(Check):
         usual, count = counts.most_common(1)[0]
         if count < (1 - self.few) * counts.total():
             return usual, {}
-        return usual, {row: one for row, one in enumerate(found) if one not in (None, usual)}  # type: ignore[misc]
+        return usual, {row: one for row, one in enumerate(found) if one not in (None, usual)}
 
     def _languages(self, said: list[str], scripts: list[str | None], usual: str) -> list[str | None]:
         """The language of each text of the usual script that is long enough, where it is sure."""

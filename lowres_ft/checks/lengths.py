@@ -113,10 +113,10 @@ def _measured(survey: Survey, part: Part, positions: np.ndarray) -> _Cut:
     pairs = zip(positions.tolist(), part.examples(positions), strict=True)
     while several := list(islice(pairs, _AT_ONCE)):
         places, examples = zip(*several, strict=True)
-        encoded = whole.encode(survey.tokenizer, examples)  # type: ignore[arg-type]
+        encoded = whole.encode(survey.tokenizer, examples)
         sizes = [sum(len(one.ids) for one in row) for row in encoded]
         long = [at for at, size in enumerate(sizes) if size > survey.task.max_length]
-        again = survey.task.encode(survey.tokenizer, [examples[at] for at in long]) if long else []  # type: ignore[arg-type]
+        again = survey.task.encode(survey.tokenizer, [examples[at] for at in long]) if long else []
         found.tokens += sum(sizes)
         found.items += sum(map(_items, encoded))
         for at, row in zip(long, again, strict=True):

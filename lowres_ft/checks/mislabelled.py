@@ -42,6 +42,8 @@ class Mislabelled(Check):
         kept = np.flatnonzero(counts >= self.rows_of_label)
         if len(kept) < 2:
             return
+        if len(np.unique(part.keys[positions])) < self.rows_of_label * len(kept):
+            return
         positions, classes = positions[np.isin(classes, kept)], classes[np.isin(classes, kept)]
         probabilities = _out_of_fold(part, positions, classes)[:, kept]
         probabilities /= probabilities.sum(1, keepdims=True)
