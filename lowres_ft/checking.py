@@ -73,13 +73,17 @@ def check(recipe: Recipe, *, listen: Listener = unheard) -> Checked:
 
 
 def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    """What matters most, a line each, for a run that begins; with many rows, without the checks that take long."""
+    """What matters most, a line for each kind, for a run that begins; with many rows, without what takes long."""
     many = max(len(split) for split in rows.splits().values()) > _FEW
     survey = Survey.of(rows, tokenizer, first=_MANY, most=_FEW)
     found = [finding for one in _checks() if not (many and one.costly) for finding in one.find(survey)]
+    by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":
-            yield f"check: {line(finding)}"
+            by_kind.setdefault(finding.kind, []).append(finding)
+    for first, *others in by_kind.values():
+        also = f" (also in {', '.join(dict.fromkeys(one.split for one in others))})" if others else ""
+        yield f"check: {line(first)}{also}"
 
 
 def line(finding: Finding) -> str:
