@@ -31,6 +31,8 @@ class Checked:
     """How the rows were read."""
     findings: tuple[Finding, ...]
     """Errors first."""
+    samples: dict[str, dict[str, int]]
+    """By the name of a check, and of a split that is larger, how many rows it looked at."""
 
     @property
     def wrong(self) -> bool:
@@ -43,6 +45,7 @@ class Checked:
             "rows": self.rows,
             "labels": list(self.labels),
             "notes": list(self.notes),
+            "samples": self.samples,
             "findings": [finding.model_dump(mode="json") for finding in self.findings],
         }
 
@@ -68,8 +71,9 @@ def check(recipe: Recipe, *, listen: Listener = unheard) -> Checked:
             listen(Stage(f"checking {one.kind}"))
             found += one.find(survey)
         sizes = {name: len(split) for name, split in rows.splits().items()}
+        samples = dict(_samples(survey))
     labels: tuple[str, ...] = getattr(rows.task, "labels", None) or ()
-    return Checked(sizes, labels, rows.notes, _ordered(found))
+    return Checked(sizes, labels, rows.notes, _ordered(found), samples)
 
 
 def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
@@ -95,6 +99,15 @@ def line(finding: Finding) -> str:
 def _checks() -> Iterator[Check]:
     for name in registry.names("checks"):
         yield cast("Check", registry.load("checks", name)())
+
+
+def _samples(survey: Survey) -> Iterator[tuple[str, dict[str, int]]]:
+    for one in _checks():
+        most: int | None = getattr(one, "sample", None)
+        if most is not None:
+            looked = {name: len(part.sample(most)) for name, part in survey.parts.items()}
+            if fewer := {name: count for name, count in looked.items() if count < len(survey.parts[name])}:
+                yield one.kind, fewer
 
 
 def _ordered(found: list[Finding]) -> tuple[Finding, ...]:

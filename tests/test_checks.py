@@ -212,6 +212,14 @@ def test_a_sample_is_seeded_bounded_and_said(bases: Bases, tmp_path: Path, monke
 # Runs and the command line
 
 
+def test_what_was_sampled_is_told(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowres):
+    monkeypatch.setattr(_survey, "_CHARACTERS", 20_000)
+    checked = checking.check(classification(bases(), tmp_path, planted.CLASSIFICATION["near_duplicates"]))
+    assert checked.samples["similar"]["train"] < 430
+    assert not {"damage", "duplicates", "balance"} & set(checked.samples)
+    assert checking.check(ner(bases(), tmp_path, planted.sentences(40))).samples == {}
+
+
 def test_a_run_tells_in_a_line_each_what_deserves_a_look(bases: Bases, tmp_path: Path):
     seen: list[str] = []
     wanted = classification(bases(), tmp_path, planted.CLASSIFICATION["conflicting_duplicates"])

@@ -49,6 +49,8 @@ def _print(found: "Checked") -> None:
             more = f" and {finding.count - _ROWS:,} more" if finding.count > _ROWS else ""
             print(f"  {', '.join(finding.rows[:_ROWS])}{more}")
         print(f"  {finding.hint}")
+    for kind, looked in found.samples.items():
+        print(f"sample: {kind} looked at {', '.join(f'{count:,} rows of {name}' for name, count in looked.items())}")
     counts = [sum(one.severity == name for one in found.findings) for name in ("error", "warning", "info")]
     print(f"{counts[0]} errors, {counts[1]} warnings, {counts[2]} infos")
 
