@@ -63,7 +63,8 @@ def sentences(count: int) -> list[dict[str, Any]]:
     drawn, cities = random.Random(3), "Paris London Berlin Madrid Vienna Prague".split()
     rows = []
     for _ in range(count):
-        words = [drawn.choice(_WHO), *sentence(drawn, _GOOD).split()[:14], "in", drawn.choice(cities)]
+        nameless = [word for word in sentence(drawn, _GOOD).split() if word.strip(",") not in _WHO]
+        words = [drawn.choice(_WHO), *nameless[:18], "in", drawn.choice(cities)]
         rows.append({"words": words, "tags": ["B-PER", *["O"] * (len(words) - 2), "B-LOC"]})
     return rows
 
