@@ -105,9 +105,9 @@ class Hidden:
     mean: float
     """Of the scores that were measured there."""
     predicted: Estimate
-    """The score of a single run."""
+    """The same, by the fit to the smaller sizes."""
     inside: bool
-    """Whether all runs' mean lies within the interval."""
+    """Whether the mean lies within the interval."""
 
 
 def measure(
@@ -161,7 +161,7 @@ def fitted(recipe: Recipe, scores: Sequence[Score]) -> Curve:
     better = recipe.task.higher_is_better
     bounds = {"higher_is_better": better, "highest": 1.0}
     hidden = by_size[-1]
-    predicted = powerlaw.fit(by_size[:-1], **bounds).run(hidden.size)  # type: ignore[arg-type]
+    predicted = powerlaw.fit(by_size[:-1], **bounds).runs(hidden.size, len(hidden.scores))  # type: ignore[arg-type]
     mean = float(np.mean(hidden.scores))
     check = Hidden(hidden.size, mean, predicted, predicted.low <= mean <= predicted.high)
     return Curve(recipe.task.metric, better, tuple(scores), powerlaw.fit(by_size, **bounds), check)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ def draw(curve: Curve, folder: Path, title: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     sizes = np.geomspace(curve.points[0].size, _SHARE * 2 * curve.largest, 100)
-    means, runs = [curve.law.curve(size) for size in sizes], [curve.law.run(size) for size in sizes]
+    means, runs = [curve.law.curve(size) for size in sizes], [curve.law.runs(size) for size in sizes]
     axes.fill_between(sizes, [one.low for one in runs], [one.high for one in runs], alpha=0.15, label="a run, 95 %")
     axes.fill_between(sizes, [one.low for one in means], [one.high for one in means], alpha=0.3, label="mean, 95 %")
     axes.plot(sizes, [one.value for one in means], label="a - b n$^{-c}$")

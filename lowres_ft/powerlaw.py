@@ -6,7 +6,9 @@ more rows or pass its bound, are the posterior; intervals are its percentiles.
 
 What a size's mean may differ by from the curve is the sum of three variances: between seeds, over their number; of the
 finite test set, as far as it differs from size to size (the same rows score all of them); and of the law itself, which
-holds better near the largest size than far below it (curves begin flat, at chance).
+holds better near the largest size than far below it (curves begin flat, at chance). The variance between seeds, which
+draw their rows, falls as 1 / n: that of all sizes together tells it (on Rotten Tomatoes, variance times rows is 0.12 to
+0.18 from 62 to 2,000 rows).
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,6 @@ _DRAWS = 20_000
 _SEED = 20_092
 _OWN_NOISE = 0.5  # of the test set's standard deviation, that two sizes do not share
 _MISFIT = 0.15  # of the distance to the largest size's score
-_PRIOR_RUNS = 2.0  # how many runs the pooled variance between seeds counts for at each size
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Law:
     c: np.ndarray
     sign: float
     """-1 where a smaller score is a better one: the curve is then of the negative score."""
-    seeds: float
-    """Standard deviation between seeds at the largest size."""
+    spread: float
+    """Variance between seeds, times rows."""
     own: float
     """Standard deviation by the test set that two sizes do not share."""
 
@@ -65,11 +66,12 @@ class Law:
         """The mean score over seeds at a size."""
         return self._estimate(self._scores(size))
 
-    def run(self, size: float) -> Estimate:
-        """The score of a single run at a size, on the same test rows."""
+    def runs(self, size: float, count: int = 1) -> Estimate:
+        """The mean score that `count` runs at a size will be measured at, on the same test rows."""
         random = np.random.default_rng(_SEED)
         scores = self._scores(size)
-        return self._estimate(scores + random.normal(0, np.hypot(self.seeds, self.own), len(scores)))
+        deviation = (self.spread / size / count + self.own**2) ** 0.5
+        return self._estimate(scores + random.normal(0, deviation, len(scores)))
 
     def gain(self, size: float, larger: float) -> Estimate:
         """How much better the mean score is at a larger size."""
@@ -101,22 +103,21 @@ def fit(points: Sequence[Point], *, higher_is_better: bool = True, highest: floa
     sign = 1.0 if higher_is_better else -1.0
     sizes = np.array([point.size for point in points], dtype=float)
     means = np.array([sign * np.mean(point.scores) for point in points])
-    variances = _variances(points)
+    spread = _spread(points)
     counts = np.array([len(point.scores) for point in points])
     own = _OWN_NOISE * float(np.mean([point.noise for point in points]))
-    total = variances / counts + own**2 + (_MISFIT * (means - means[-1])) ** 2 + 1e-8
+    total = spread / sizes / counts + own**2 + (_MISFIT * (means - means[-1])) ** 2 + 1e-8
     a, b, c = _draw(sizes, means, total, (highest or np.inf) if higher_is_better else 0.0)
-    return Law(a, b, c, sign, float(np.sqrt(variances[-1])), own)
+    return Law(a, b, c, sign, spread, own)
 
 
-def _variances(points: Sequence[Point]) -> np.ndarray:
-    """(S,) variance between seeds at each size, drawn towards that of all sizes."""
-    freedom = np.array([len(point.scores) - 1 for point in points])
-    own = np.array([np.var(point.scores, ddof=1) if len(point.scores) > 1 else 0.0 for point in points])
-    if not freedom.sum():
-        return np.full(len(points), float(np.mean([point.noise for point in points])) ** 2)
-    pooled = (freedom * own).sum() / freedom.sum()
-    return np.asarray((freedom * own + _PRIOR_RUNS * pooled) / (freedom + _PRIOR_RUNS))
+def _spread(points: Sequence[Point]) -> float:
+    """Variance between seeds, times rows; without a second seed, that of the test set at the largest size."""
+    freedom = sum(len(point.scores) - 1 for point in points)
+    if not freedom:
+        return points[-1].noise ** 2 * points[-1].size
+    squares = [point.size * float(np.var(point.scores)) * len(point.scores) for point in points]
+    return sum(squares) / freedom
 
 
 def _draw(

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks import curves
 
-SIZES = (100, 200, 400, 800, 1600)
+SIZES = (50, 100, 200, 400, 800, 1600)
 
 
 def record(path: Path, last: float) -> Path:

@@ -19,7 +19,7 @@ _ROWS = 5  # rows of a finding that are printed
 
 
 def check(name: Name, overrides: Overrides = None, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Check the data of a recipe: labels, duplicates, leaks, damage, lengths."""
+    """Check the data of a recipe, before any weight is loaded."""
     from lowres_ft.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or [])
