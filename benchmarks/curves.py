@@ -2,7 +2,8 @@
 
 Each data set is trained once at all sizes and seeds; scores lie in a record from which a stopped run goes on. Then, for
 each size from the fifth on and each choice of three seeds, the curve is fitted to the four sizes before it, as
-`lowres-ft curve` does to check itself, and what it predicts is compared with what was measured: how often the score lies inside, and how wide the interval is.
+`lowres-ft curve` does to check itself, and what it predicts is compared with what was measured: how often the score
+lies inside, and how wide the interval is.
 """
 
 import itertools
