@@ -39,7 +39,7 @@ _GRIDS = {
     "rotten-tomatoes": Grid("sentiment-lora", _STEPS, (62, 125, 250, 500, 1000, 2000, 4000)),
     "wnut16": Grid(
         "entities-lora",
-        ("train.steps=400", "train.evaluate_every=80", "train.learning_rate=3e-4"),
+        ("train.steps=784", "train.evaluate_every=98"),
         (50, 100, 200, 400, 800, 1561),
     ),
     "reuters-r8": Grid(
