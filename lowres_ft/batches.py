@@ -125,6 +125,19 @@ def tokenize(adapted: Adapted, rows: "Rows", path: Path) -> Tokens:
     return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, rows.take(kept), tuple(left_out), segments)
 
 
+def chosen(tokens: Tokens, rows: np.ndarray) -> Tokens:
+    """The tokens of some rows, in memory, as if those had been tokenized alone."""
+    positions = tokens.of_rows(rows)
+    ids, targets = (
+        Ragged(values, starts).take(positions)
+        for values, starts in ((tokens.ids, tokens.starts), (tokens.targets, tokens.target_starts))
+    )
+    segments = None if tokens.segments is None else Ragged(tokens.segments, tokens.starts).take(positions).values
+    firsts = np.cumsum([0, *np.diff(tokens.firsts)[rows]], dtype=np.int64)
+    own = None if tokens.rows is None else tokens.rows.take(rows)
+    return Tokens(ids.values, ids.starts, targets.values, targets.starts, firsts, own, (), segments)
+
+
 def _parts(encoded: Encoded) -> tuple[Sequence[int], Sequence[float], Sequence[int]]:
     """What is stored of a sequence."""
     return encoded.ids, encoded.targets, encoded.segments or ()

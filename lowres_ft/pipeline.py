@@ -5,7 +5,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from lowres_ft import (
     behaviour,
     bundle,
     card,
+    checking,
     data,
     device,
     evaluate,
@@ -30,6 +31,7 @@ from lowres_ft import (
 )
 from lowres_ft import contrast as contrasts
 from lowres_ft import plan as plans
+from lowres_ft.bases import Base
 from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
 from lowres_ft.data import Data
@@ -44,7 +46,7 @@ from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
 from lowres_ft.runs import Place, run_folder
-from lowres_ft.tasks.base import Ragged
+from lowres_ft.tasks.base import Ragged, Task
 from lowres_ft.train import Step
 
 
@@ -133,6 +135,14 @@ class Ready:
     notes: tuple[str, ...]
 
 
+def _checked(ready: Ready, machine: Machine, listen: Listener) -> Ready:
+    """Tell what deserves a look in the data, once."""
+    told = () if machine.rank else tuple(checking.brief(ready.rows, ready.adapted.tokenizer))
+    for text in told:
+        listen(Note(text))
+    return replace(ready, notes=(*ready.notes, *told))
+
+
 @dataclass(frozen=True)
 class _Draft:
     """A bundle that is written but for its probe and passport, and what its model computed."""
@@ -144,14 +154,15 @@ class _Draft:
 
 def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
-    ready = prepare(resolved, rows, machine, place, listen)
+    ready = _checked(prepare(resolved, rows, machine, place, listen), machine, listen)
     contrast = before = None
     if resolved.task.base_is_baseline and not machine.rank:
         listen(Stage("asking the untouched base"))
         contrast = contrasts.prepare(ready.adapted, ready.tokens)
         before = contrast.look(ready.adapted, ready.plan, outputs=True)
     listen(Stage(f"training on {len(ready.tokens['train']):,} rows"))
-    measured = _fit(ready, machine, place, listen)
+    with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
+        measured = fit(ready, machine, log, listen)
     if machine.rank:
         return None
     listen(Stage("scoring beside the baselines"))
@@ -160,7 +171,7 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
         for name, tokens in ready.tokens.items()
         if name != "train"
     }
-    ready = _tuned(ready, predicted)
+    ready = tuned(ready, predicted)
     scores, baselines = _scores(ready, predicted, before.outputs if before else None)
     notes = list(ready.notes)
     if baselines and len(rows.train) > rows.task.baseline_rows:
@@ -175,11 +186,7 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
 def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener = unheard) -> Ready:
     """Load the base and tokenize the rows; what cannot work is told before any weight is read."""
     base = bases.resolve(resolved.model, _progress(listen))
-    profile = profiles.profile(base, resolved.task)
-    profiles.targets(resolved.method, profile.linears)
-    profiles.require_length(profile, resolved.task)
-    quantize.require_widths(profile, resolved.model.quantize)
-    train.require_optimizer(resolved.train, machine.device)
+    profile = profiled(resolved, resolved.task, base, machine)
     plan = plans.make(resolved, profile, machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
@@ -195,7 +202,17 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     return Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told))
 
 
-def _tuned(ready: Ready, predicted: dict[str, Ragged]) -> Ready:
+def profiled(recipe: Recipe, task: Task, base: Base, machine: Machine) -> Profile:
+    """The layers of a base, after what cannot work with them is told."""
+    profile = profiles.profile(base, task)
+    profiles.targets(recipe.method, profile.linears)
+    profiles.require_length(profile, task)
+    quantize.require_widths(profile, recipe.model.quantize)
+    train.require_optimizer(recipe.train, machine.device)
+    return profile
+
+
+def tuned(ready: Ready, predicted: dict[str, Ragged]) -> Ready:
     """Let the task choose on validation what it chooses after training."""
     if "validation" not in predicted:
         return ready
@@ -237,26 +254,28 @@ def _require_same_tokens(folder: Path, ready: Ready) -> None:
         raise BundleError("the tokenizer, saved and loaded again, reads the training rows differently")
 
 
-def _fit(ready: Ready, machine: Machine, place: Place, listen: Listener) -> Measured:
-    """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model."""
+def fit(ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard) -> Measured:
+    """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model.
+
+    A line of JSON for each step and each evaluation goes to `log`.
+    """
     adapted, tokens, plan = ready.adapted, ready.tokens, ready.plan
     state = train.start(ready.recipe, adapted, tokens["train"], plan)
     spec, task = state.spec, adapted.task
     every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
     steps: list[Step] = []
-    with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
-        for step in train.train(state, tokens["train"], plan, machine):
-            steps.append(step)
-            log.write(json.dumps(asdict(step)) + "\n")
-            listen(Trained(step, state.total))
-            if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
-                predicted = evaluate.outputs(adapted, tokens["validation"], plan)
-                truth = tokens["validation"].truth
-                value = evaluate.metric(task.tune(truth, predicted), truth, predicted)  # as the end result is scored
-                value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
-                state.record(value)
-                log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")
-                listen(Evaluated(step.number, task.metric, value))
+    for step in train.train(state, tokens["train"], plan, machine):
+        steps.append(step)
+        log.write(json.dumps(asdict(step)) + "\n")
+        listen(Trained(step, state.total))
+        if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
+            predicted = evaluate.outputs(adapted, tokens["validation"], plan)
+            truth = tokens["validation"].truth
+            value = evaluate.metric(task.tune(truth, predicted), truth, predicted)  # as the end result is scored
+            value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
+            state.record(value)
+            log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")
+            listen(Evaluated(step.number, task.metric, value))
     state.restore_best()
     return Measured.of(steps, state.best_step, plan.device)
 

@@ -1,4 +1,4 @@
-"""Plug-ins by folder: a task or a method is a file, and its name is the name in a recipe."""
+"""Plug-ins by folder: a task, a method or a check is a file; the first two are named so in a recipe."""
 
 import importlib
 import pkgutil
@@ -7,7 +7,7 @@ from typing import Literal
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.spec import Spec, shown
 
-Folder = Literal["tasks", "methods"]
+Folder = Literal["tasks", "methods", "checks"]
 
 
 def names(folder: Folder) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def split(rows: Keys, task: Task, shares: Mapping[str, float], seed: int) -> dic
     _, first, group, size = np.unique(rows.groups(), return_index=True, return_inverse=True, return_counts=True)
     classes = rows.classes(task)
     texts_of = {int(index): np.flatnonzero(classes[first] == index) for index in np.unique(classes)}
-    if task.in_every_part:
+    if task.in_every_part and shares:
         few = {index: len(texts) for index, texts in texts_of.items() if index >= 0 and len(texts) <= len(shares)}
         _check_enough({rows.name(task, index): count for index, count in few.items()}, shares, len(texts_of))
     random = np.random.default_rng([seed, 1])

@@ -17,8 +17,8 @@ LAYERS = (
     "recipe overrides assets gguf starters",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits",
-    "train evaluate bundle border probes card merging prediction generation contrast",
-    "report pipeline runs",
+    "train evaluate bundle border probes card merging prediction generation contrast checks checking powerlaw",
+    "report pipeline runs curve plotting",
     "cli __main__",
 )
 LIGHT = 2

@@ -105,7 +105,7 @@ def test_rows_that_are_dropped_are_named_and_not_counted(chat_bases: Bases, tmp_
     overrides = ["task.too_long=drop", "train.steps=null", "train.epochs=1", "data.validation=null"]
     wanted = tiny_chat.recipe(chat_bases(), mine, *overrides, f"data.test={held}", "train.batch_size=16")
     report = json.loads((run(wanted, tmp_path / "bundle", device_name="cpu").folder / "report.json").read_text())
-    assert report["notes"] == [
+    assert [note for note in report["notes"] if not note.startswith("check: ")] == [
         "1 of 9 test texts stand in train too; scored with and without",
         f"1 rows of train are left out: {mine}:7",
         f"1 rows of test are left out: {held}:1",

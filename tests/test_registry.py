@@ -7,14 +7,15 @@ import pytest
 
 import lowres_ft
 from lowres_ft import registry
+from lowres_ft.checks.base import Check
 from lowres_ft.errors import RecipeError
 from lowres_ft.methods import head
 from lowres_ft.methods.base import Method
 from lowres_ft.spec import Spec
 from lowres_ft.tasks.base import Task
 
-BASES = {"tasks": Task, "methods": Method}
-COUNTS = {"tasks": 3, "methods": 5}
+BASES = {"tasks": Task, "methods": Method, "checks": Check}
+COUNTS = {"tasks": 3, "methods": 5, "checks": 12}
 PLUGINS = [
     (folder, path.stem)
     for folder in BASES

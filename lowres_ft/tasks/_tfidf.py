@@ -7,8 +7,12 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
-_WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
+WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
 """A word, a character of a script without spaces, or a sign: so that no text is without words."""
+
+
+INVERSE_PENALTY = 4.0
+"""C of the regression: the inverse of its L2 penalty."""
 
 
 class Texts(Protocol):
@@ -27,7 +31,7 @@ def features(train: Sequence[Texts], test: Sequence[Texts]) -> tuple[Any, Any]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     pairs = train[0].pair is not None
-    words = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD)
+    words = TfidfVectorizer(sublinear_tf=True, token_pattern=WORD)
     words.fit([row.text for row in train] + ([row.pair for row in train] if pairs else []))
 
     def of(rows: Sequence[Texts]) -> Any:
@@ -44,4 +48,4 @@ def regression(seed: int) -> "LogisticRegression":
     """A logistic regression, not yet fitted."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=4.0, max_iter=1000, random_state=seed)
+    return LogisticRegression(C=INVERSE_PENALTY, max_iter=1000, random_state=seed)
