@@ -5,10 +5,9 @@ from typing import Any
 
 from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
-from lowres_ft.spec import figures
 from lowres_ft.tasks.base import Task
+from lowres_ft.verdict import interval, metrics
 
-_FIGURES = {"value", "low", "high", "count"}
 _EMBEDDINGS = "They load the base with its embeddings as they were published; lowres-ft alone holds those in int8."
 
 
@@ -59,12 +58,10 @@ def _table(report: dict[str, Any]) -> str:
     rows += [(f"test, baseline {name}", scores) for name, scores in report["baselines"].items()]
     if not rows:
         return "No rows were held out."
-    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and value.keys() >= _FIGURES]
+    names = metrics(rows[0][1])
     lines = ["| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, scores in rows:
-        cells = [
-            "{} [{}, {}]".format(*figures(*(scores[name][part] for part in ("value", "low", "high")))) for name in names
-        ]
+        cells = [interval(scores[name]) for name in names]
         lines.append(f"| {label} ({scores[names[0]]['count']}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -106,7 +106,8 @@ def score(task: Task, truth: Ragged, predicted: Ragged) -> Scores:
         name: Value(value=value, count=len(truth), **_interval([sample[name] for sample in resampled]))
         for name, value in values.items()
     }
-    return Scores(metrics, task.details(evidence))
+    errors = task.errors(truth, predicted)
+    return Scores(metrics, task.details(evidence) | ({"errors": errors} if errors else {}))
 
 
 def difference(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Value:

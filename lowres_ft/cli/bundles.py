@@ -63,6 +63,9 @@ def predict(
         typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or one text a line; - is standard input."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the screen.")] = None,
+    uncalibrated: Annotated[
+        bool, typer.Option("--uncalibrated", help="Probabilities as the model gives them, without the temperature.")
+    ] = False,
     dtype: Dtype = None,
     base: Base = None,
     device: Device = "auto",
@@ -81,7 +84,7 @@ def predict(
     model = loaded(opened, device, dtype, base, quiet)
     with _writing(out) as sink:
         streams = opened.recipe.task.generates and not as_json
-        predictor = prediction.Predictor(*model, heard=streamed(sink) if streams else None)
+        predictor = prediction.Predictor(*model, heard=streamed(sink) if streams else None, calibrated=not uncalibrated)
         if texts and texts != ["-"]:
             found = predictor.texts(texts)
         elif file not in (None, "-"):

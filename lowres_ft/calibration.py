@@ -1,0 +1,66 @@
+"""Calibration: of the answers that are given with probability p, a share p should be right.
+
+A temperature T > 0 divides a model's logits before they become probabilities. It is chosen where the mean negative
+log-likelihood on validation is least, and changes no answer (Guo et al. 2017, arXiv:1706.04599). How far probabilities
+are from shares is told by the expected calibration error: the mean over bins, by their numbers of answers, of
+|share of right answers - mean probability|. The bins hold equally many answers (Nguyen and O'Connor 2015,
+arXiv:1508.05154), for most answers of a good model have probabilities near 1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BINS = 15
+_RANGE = 20.0  # temperatures from 1 / 20 to 20 are tried
+_AT_THE_END = 0.05  # of ln T: so near to an end, the least lies beyond it
+
+
+def temperature(mean_loss: Callable[[float], float]) -> float | None:
+    """The T at which `mean_loss(T)`, the mean negative log-likelihood of logits / T, is least, in four digits.
+
+    None where there is no least: of answers that are all right, ever smaller temperatures are better, and ever greater
+    ones where the logits tell nothing.
+    """
+    from scipy.optimize import minimize_scalar
+
+    most = math.log(_RANGE)
+    found = minimize_scalar(lambda log: mean_loss(math.exp(log)), bounds=(-most, most), method="bounded")
+    chosen = float(found.x)
+    if not math.isfinite(found.fun) or abs(chosen) > most - _AT_THE_END:
+        return None
+    return float(f"{math.exp(chosen):.4g}")
+
+
+def reliability(certainty: "np.ndarray") -> dict[str, Any]:
+    """The expected calibration error, the mean negative log-likelihood, and the bins of a reliability diagram.
+
+    Args:
+        certainty: (N, 3) of each answer its probability, 1 where it is right, and the truth's log-probability.
+
+    Answers of equal probability share a bin, so that the order of rows changes nothing; so some bins may be larger
+    than others, or empty and left out.
+    """
+    import numpy as np
+
+    probability, right = certainty[:, 0], certainty[:, 1]
+    before = np.searchsorted(np.sort(probability), probability)  # answers of smaller probabilities
+    place = before * BINS // max(1, len(certainty))
+    count = np.bincount(place, minlength=BINS)
+    filled = count > 0
+    means = [
+        np.bincount(place, weights=values, minlength=BINS)[filled] / count[filled] for values in (probability, right)
+    ]
+    gaps = np.abs(means[1] - means[0])
+    return {
+        "ece": float((gaps * count[filled]).sum() / max(1, len(certainty))),
+        "log_loss": float(-certainty[:, 2].mean()) if len(certainty) else 0.0,
+        "count": len(certainty),
+        "bins": [
+            {"probability": float(mean), "right": float(share), "count": int(size)}
+            for mean, share, size in zip(*means, count[filled], strict=True)
+        ],
+    }
