@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 BINS = 15
-_RANGE = 20.0  # temperatures from 1 / 20 to 20 are tried
+_RANGE = 100.0  # temperatures from 1 / 100 to 100 are tried
 _AT_THE_END = 0.05  # of ln T: so near to an end, the least lies beyond it
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     "recipe overrides assets gguf starters verdict",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits",
-    "train evaluate bundle border probes card merging prediction generation contrast",
+    "train evaluate significance bundle border probes card merging prediction generation contrast comparison",
     "report exhibits page pipeline runs",
     "cli __main__",
 )

@@ -81,6 +81,8 @@ def predict(
     if texts and file is not None:
         raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
     opened = open_bundle(bundle)
+    if uncalibrated and opened.recipe.task.generates:
+        raise typer.BadParameter("a model that writes gives no probabilities", param_hint="--uncalibrated")
     model = loaded(opened, device, dtype, base, quiet)
     with _writing(out) as sink:
         streams = opened.recipe.task.generates and not as_json
@@ -170,6 +172,8 @@ def merge(
     print(f"largest difference of a logit {found.largest_difference:.1e}, no answer differs")
     if found.from_measured is not None:
         print(f"to the model as it was measured: largest difference of a logit {found.from_measured:.1e}")
+    if found.temperature is not None:
+        print(f"its probabilities are not calibrated: divide its logits by {found.temperature:g} (README.md says so)")
     if found.quantized is None:
         print(f"merged model {found.folder}, fp32, for any program that reads transformers models")
         return

@@ -33,7 +33,10 @@ class Calibrated(Task):
     def advice(self) -> str:
         if self.temperature is None:
             return ""
-        return f"Its probabilities are those of logits / {self.temperature:g}, a temperature chosen on validation."
+        return (
+            f"Divide logits by {self.temperature:g}, a temperature that was chosen on validation, before they become "
+            "probabilities: without it, these are not calibrated."
+        )
 
     def uncalibrated(self) -> Self:
         return self.model_copy(update={"temperature": None})

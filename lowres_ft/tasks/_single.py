@@ -116,7 +116,10 @@ class Single:
     def baselines(
         self, train: Sequence[_tfidf.Texts], targets: "np.ndarray", test: Sequence[_tfidf.Texts], seed: int
     ) -> "dict[str, np.ndarray]":
-        """(N, C) log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
+        """(N, C) log-probabilities of the classes' shares, and of TF-IDF with logistic regression.
+
+        They are scaled, so that the task's temperature, which was chosen for the model, leaves them as they are.
+        """
         import numpy as np
 
         targets, size = targets[:, 0], len(self.labels)
@@ -126,7 +129,8 @@ class Single:
         model = _tfidf.regression(seed).fit(seen, targets)
         outputs = np.full((len(test), size), np.log(1e-9))
         outputs[:, model.classes_] = np.log(np.maximum(model.predict_proba(unseen), 1e-9))
-        return {"majority": np.tile(np.log(shares), (len(test), 1)), "tfidf": outputs}
+        found = {"majority": np.tile(np.log(shares), (len(test), 1)), "tfidf": outputs}
+        return {name: values * self.temperature for name, values in found.items()}
 
     def answer(self, output: "np.ndarray") -> dict[str, Any]:
         """The likeliest label, and the probabilities of all."""

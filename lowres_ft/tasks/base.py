@@ -300,7 +300,7 @@ class Task(Spec):
         return {}
 
     def shown(self, example: Any, truth: "np.ndarray", output: "np.ndarray") -> dict[str, str]:
-        """A row in words: its `text`, what is `wanted`, and what was `found`."""
+        """A row in words: its `text`, what is `wanted`, what was `found`, and its `probability`, where there is one."""
         raise NotImplementedError
 
     def baselines(self, train: Iterable[Any], test: Iterable[Any], seed: int) -> dict[str, Ragged]:

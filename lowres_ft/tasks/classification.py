@@ -311,10 +311,11 @@ class Classification(Calibrated):
 
     def shown(self, example: Text, truth: "np.ndarray", output: "np.ndarray") -> dict[str, str]:
         found = self._answers.answer(output)
-        given = found["labels"] if self.multi_label else [found["label"]]
-        answers = ", ".join(f"{label} {found['scores'][label]:.3f}" for label in given) or NONE
+        given = [label for label in self.classes if label in found["labels"]] if self.multi_label else [found["label"]]
+        sure = ", ".join(f"{found['scores'][label]:.3f}" for label in given)
         text = example.text if example.pair is None else f"{example.text}\n{example.pair}"
-        return {"text": text, "wanted": self._answers.wanted(truth), "found": answers}
+        answer = {"found": ", ".join(given) or NONE, "probability": sure}
+        return {"text": text, "wanted": self._answers.wanted(truth)} | answer
 
     def baselines(self, train: Iterable[Text], test: Iterable[Text], seed: int) -> dict[str, Ragged]:
         """Outputs that follow from the labels' shares, and those of TF-IDF with logistic regression."""

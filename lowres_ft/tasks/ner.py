@@ -222,8 +222,10 @@ class Ner(Calibrated):
         words = example.words
         wanted = [f"{example.text[words[a][0] : words[b - 1][1]]} [{self.types[kind]}]" for a, b, kind in spans]
         found = self.prediction(example, output)["entities"]
-        answers = [f"{one['text']} [{one['label']} {one['score']:.3f}]" for one in found]
-        return {"text": example.text, "wanted": ", ".join(wanted) or NONE, "found": ", ".join(answers) or NONE}
+        answers = [f"{one['text']} [{one['label']}]" for one in found]
+        sure = ", ".join(f"{one['score']:.3f}" for one in found)
+        answer = {"found": ", ".join(answers) or NONE, "probability": sure}
+        return {"text": example.text, "wanted": ", ".join(wanted) or NONE} | answer
 
     def baselines(self, train: Iterable[Sentence], test: Iterable[Sentence], seed: int) -> dict[str, Ragged]:
         """No entity at all, and the entities of train known by heart."""
