@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 BINS = 15
 _RANGE = 100.0  # temperatures from 1 / 100 to 100 are tried
-_AT_THE_END = 0.05  # of ln T: so near to an end, the least lies beyond it
 
 
 def temperature(mean_loss: Callable[[float], float]) -> float | None:
@@ -29,10 +28,9 @@ def temperature(mean_loss: Callable[[float], float]) -> float | None:
 
     most = math.log(_RANGE)
     found = minimize_scalar(lambda log: mean_loss(math.exp(log)), bounds=(-most, most), method="bounded")
-    chosen = float(found.x)
-    if not math.isfinite(found.fun) or abs(chosen) > most - _AT_THE_END:
+    if min(mean_loss(1 / _RANGE), mean_loss(_RANGE)) <= found.fun:
         return None
-    return float(f"{math.exp(chosen):.4g}")
+    return float(f"{math.exp(found.x):.4g}")
 
 
 def reliability(certainty: "np.ndarray") -> dict[str, Any]:

@@ -33,6 +33,8 @@ _STYLE: Any = {
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
+    "legend.handlelength": 1.2,
+    "legend.handletextpad": 0.5,
     "lines.linewidth": 1.8,
     "text.parse_math": False,
 }
