@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 _LABEL = 60  # characters of a label that are shown
 _TEXT = 400  # of a text
+_ANSWER = 200  # of an answer, or of the place of a row
+_NOTES = 50
 _RECIPE = 20_000
 _MOST_CELLS = 20  # classes whose confusion is shown as a table
 _MOST_CONFUSED = 10  # pairs of classes that are listed
-_MOST_ROWS = 300  # of a table of classes, and of notes
+_MOST_ROWS = 300  # of a table of classes
 _SAMPLES = 20
 
 
@@ -38,18 +40,30 @@ def render(report: Mapping[str, Any]) -> str:
         ranks=_ranks(report),
         samples=report.get("samples", [])[:_SAMPLES],
         recipe_text=yaml12.dumps(report["recipe"]),
-        most={"label": _LABEL, "text": _TEXT, "recipe": _RECIPE, "rows": _MOST_ROWS},
+        most={
+            "label": _LABEL,
+            "text": _TEXT,
+            "answer": _ANSWER,
+            "notes": _NOTES,
+            "recipe": _RECIPE,
+            "rows": _MOST_ROWS,
+        },
     )
 
 
 def visible(text: object, most: int = _TEXT) -> str:
-    """A text of at most `most` characters in which nothing acts: marks that are not printed stand as their escapes.
+    """A text in which nothing acts: marks that are not printed stand as their escapes; about `most` characters of it.
 
     Those are control characters, marks that turn the direction of writing, and others without a width.
     """
     whole = str(text)
-    shown = "".join(_visible(mark) for mark in whole[:most])
-    return shown if len(whole) <= most else f"{shown} ... ({len(whole):,} characters)"
+    shown, size = [], 0
+    for mark in whole:
+        if size >= most:
+            return f"{''.join(shown)} ... ({len(whole):,} characters)"
+        shown.append(_visible(mark))
+        size += len(shown[-1])
+    return "".join(shown)
 
 
 def _visible(mark: str) -> str:
@@ -99,9 +113,9 @@ def _charts(report: Mapping[str, Any]) -> "dict[str, Markup]":
 
     curves, lengths = report["curves"], report["lengths"]
     found = {"loss": charts.loss(curves["loss"]), "metric": "", "reliability": ""}
-    if curves["validation"]:
+    if len(curves["validation"]) > 1:
         (first, *_) = verdict.metrics(report["scores"]["validation"])
-        found["metric"] = charts.metric(curves["validation"], first, report["measured"]["best_step"])
+        found["metric"] = charts.metric(curves["validation"], first.replace("_", " "), report["measured"]["best_step"])
     found["lengths"] = charts.lengths(lengths["edges"], lengths["counts"], lengths["max_length"])
     split = report["calibration"].get(_split(report))
     if split:
