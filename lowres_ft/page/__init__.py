@@ -57,7 +57,8 @@ def visible(text: object, most: int = _TEXT) -> str:
     Those are control characters, marks that turn the direction of writing, and others without a width.
     """
     whole = str(text)
-    shown, size = [], 0
+    shown: list[str] = []
+    size = 0
     for mark in whole:
         if size >= most:
             return f"{''.join(shown)} ... ({len(whole):,} characters)"
@@ -171,7 +172,8 @@ def _rows(plan: Mapping[str, Any], measured: Mapping[str, Any], report: Mapping[
     share = report["trainable_parameters"] / max(1, report["parameters"])
     yield "trained parameters", "", f"{report['trainable_parameters']:,} ({share:.2%})"
     yield "weights of the bundle", "", f"{report['adapter_bytes'] / 1e6:.1f} MB"
-    yield "device", f"{plan['device']}, {plan['threads']} threads, {plan['processes']} processes", ""
+    many = f", {plan['processes']} processes" * (plan["processes"] > 1)
+    yield "device", f"{plan['device']}, {plan['threads']} thread{'s' * (plan['threads'] > 1)}{many}", ""
     yield "computes in", plan["dtype"], ""
     yield "tokens at once", f"{plan['micro_batch_tokens']:,}", ""
     yield "attention, recomputed", f"{plan['attention']}, {plan['recompute']}", ""
