@@ -105,7 +105,7 @@ def test_a_bundle_that_was_trained_on_the_rows_wins_nothing_by_it(trained: Train
     assert seen is not None
     assert sum(seen.values()) == 24 - mixed.pairs[0].difference.count > 0
     whole = trained("bert", *SHORT[:2], "data.validation=null", "data.test=null", out="whole")
-    (pair,) = compared([one, whole], tmp_path / "whole").pairs
+    (pair,) = compared([one, whole], tmp_path / "against").pairs
     assert (pair.better, pair.unseen, pair.difference.count) == (None, False, 24)
 
 

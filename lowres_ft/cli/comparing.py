@@ -32,7 +32,7 @@ def compare(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare bundles on the same rows: scores, what changed, size and speed."""
+    """Compare bundles on the same rows."""
     from lowres_ft import device as devices
     from lowres_ft.bundle import open_bundle
     from lowres_ft.cli.display import listening
