@@ -16,19 +16,25 @@ if TYPE_CHECKING:
 
 BINS = 15
 _RANGE = 100.0  # temperatures from 1 / 100 to 100 are tried
+_SURE = 600.0  # a logit's lead, divided by T, at the most: beyond, the other probability would be no number but 0
 
 
-def temperature(mean_loss: Callable[[float], float]) -> float | None:
+def temperature(mean_loss: Callable[[float], float], lead: float) -> float | None:
     """The T at which `mean_loss(T)`, the mean negative log-likelihood of logits / T, is least, in four digits.
+
+    `lead` is the greatest by which a logit lies above another, or from 0 where each has a probability by itself.
 
     None where there is no least: of answers that are all right, ever smaller temperatures are better, and ever greater
     ones where the logits tell nothing.
     """
     from scipy.optimize import minimize_scalar
 
-    most = math.log(_RANGE)
-    found = minimize_scalar(lambda log: mean_loss(math.exp(log)), bounds=(-most, most), method="bounded")
-    if min(mean_loss(1 / _RANGE), mean_loss(_RANGE)) <= found.fun:
+    least = max(1 / _RANGE, lead / _SURE)
+    if least >= _RANGE:
+        return None
+    bounds = (math.log(least), math.log(_RANGE))
+    found = minimize_scalar(lambda log: mean_loss(math.exp(log)), bounds=bounds, method="bounded")
+    if min(mean_loss(least), mean_loss(_RANGE)) <= found.fun:
         return None
     return float(f"{math.exp(found.x):.4g}")
 

@@ -106,8 +106,7 @@ def score(task: Task, truth: Ragged, predicted: Ragged) -> Scores:
         name: Value(value=value, count=len(truth), **_interval([sample[name] for sample in resampled]))
         for name, value in values.items()
     }
-    errors = task.errors(truth, predicted)
-    return Scores(metrics, task.details(evidence) | ({"errors": errors} if errors else {}))
+    return Scores(metrics, task.details(evidence))
 
 
 def difference(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Value:

@@ -29,6 +29,12 @@ def calibration(task: Task, tokens: Mapping[str, Tokens], predicted: Mapping[str
     return {"temperature": getattr(task, "temperature", None), "bins": calibrations.BINS, **found} if found else {}
 
 
+def errors(task: Task, tokens: Mapping[str, Tokens], predicted: Mapping[str, Ragged]) -> dict[str, dict[str, int]]:
+    """Wrong answers by their kind, for each split; empty where a task has no kinds."""
+    found = {name: task.errors(tokens[name].truth, outputs) for name, outputs in predicted.items()}
+    return {name: counts for name, counts in found.items() if counts}
+
+
 def untold_temperature(task: Task, predicted: Mapping[str, Ragged]) -> str:
     """Why there is no temperature though one was wanted; empty where there is one, or none was."""
     if not getattr(task, "calibrate", False) or getattr(task, "temperature", None) is not None:

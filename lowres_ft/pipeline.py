@@ -184,6 +184,7 @@ def _reported(
     found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, [*ready.notes, *told])
     return found | {
         "calibration": exhibits.calibration(task, tokens, predicted),
+        "errors": exhibits.errors(task, tokens, predicted),
         "lengths": exhibits.lengths(tokens["train"], task.max_length),
         "rows": exhibits.rows(task, ready.rows, tokens, predicted, ready.recipe.data.report_rows),
     }

@@ -122,7 +122,7 @@ def test_a_page_of_entities(bases: Bases, tmp_path: Path):
     read = safe((bundle.folder / "report.html").read_text())
     assert "By type" in read.text
     assert "right type, wrong borders" in read.text
-    errors = report_of(bundle)["scores"]["test"]["errors"]
+    errors = report_of(bundle)["errors"]["test"]
     assert set(errors) == {"borders", "type", "both", "invented", "missed"}
 
 

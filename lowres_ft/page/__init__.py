@@ -35,7 +35,7 @@ def render(report: Mapping[str, Any]) -> str:
         charts=_charts(report),
         confusion=_confusion(report),
         parts=_parts(report),
-        errors=_of_split(report).get("errors", {}),
+        errors=report["errors"].get(_split(report), {}),
         planned=_planned(report),
         ranks=_ranks(report),
         samples=report.get("samples", [])[:_SAMPLES],

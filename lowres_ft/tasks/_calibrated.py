@@ -45,7 +45,9 @@ class Calibrated(Task):
         """The task with the temperature that fits these rows; as it is where one is given, or none is wanted."""
         if not self.calibrate or self.temperature is not None:
             return self
-        found = calibration.temperature(self._mean_loss(truth, outputs))
+        logits = outputs.values
+        lead = abs(logits) if logits.shape[1] == 1 else logits.max(1) - logits.min(1)
+        found = calibration.temperature(self._mean_loss(truth, outputs), float(lead.max()))
         return self if found is None else self.model_copy(update={"temperature": found})
 
     def _mean_loss(self, truth: Ragged, outputs: Ragged) -> Callable[[float], float]:

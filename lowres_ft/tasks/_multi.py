@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+ALL_BUT_ONE = 1 - 1e-12
+"""Above it, so few probabilities can be told apart that thresholds there would not decide as they should."""
 HALF = 0.5
 """The probability from which a label is given, where nothing else was chosen."""
 
@@ -129,7 +131,7 @@ class Multi:
         """
         shape = (len(truth), len(self.labels))
         has, scores = truth.values.reshape(shape) == 1, _expit(outputs.values.reshape(shape))
-        best = (_best(has[:, index], scores[:, index]) for index in range(len(self.labels)))
+        best = [_best(has[:, index], scores[:, index]) for index in range(len(self.labels))]
         return {label: scaled(value, self.temperature) for label, value in zip(self.labels, best, strict=True)}
 
     def baselines(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator
 
 from lowres_ft.clean import require_left
-from lowres_ft.errors import DataError, nearest
+from lowres_ft.errors import DataError
 from lowres_ft.tasks import _labels, _texts
 from lowres_ft.tasks._calibrated import Calibrated
 from lowres_ft.tasks._labels import MOST_LABELS, Label, listed, quoted
-from lowres_ft.tasks._multi import HALF, Multi, scaled
+from lowres_ft.tasks._multi import ALL_BUT_ONE, HALF, Multi, scaled
 from lowres_ft.tasks._single import Single
 from lowres_ft.tasks.base import NONE, Batch, Encoded, Example, Form, Ragged, Seen, printable
 
@@ -83,7 +83,7 @@ class Classification(Calibrated):
     @classmethod
     def _of_labels(cls, value: Any, info: ValidationInfo) -> Any:
         labels = info.data.get("labels")
-        if labels and (sentence := _stranger(value, labels)):
+        if labels and (sentence := _labels.stranger(value, labels)):
             raise ValueError(sentence)
         return value
 
@@ -199,7 +199,7 @@ class Classification(Calibrated):
                 hint=f"Found are {listed(seen)}. Correct task.labels, or leave it out to find them.",
             )
         for field in ("thresholds", "class_weights"):
-            if sentence := _stranger(getattr(task, field), task.classes):
+            if sentence := _labels.stranger(getattr(task, field), task.classes):
                 raise DataError(f"task.{field} {sentence}", hint=f"Found are {listed(task.classes)}.")
         return task
 
@@ -294,10 +294,13 @@ class Classification(Calibrated):
 
     def tune(self, truth: Ragged, outputs: Ragged) -> Self:
         task = self.fitted(truth, outputs)
-        answers = replace(self._answers, temperature=task.divisor)
+        answers = self._answers
         if isinstance(answers, Single):
             return task
-        return task.model_copy(update={"thresholds": answers.tuned(truth, outputs) | (self.thresholds or {})})
+        thresholds = replace(answers, temperature=task.divisor).tuned(truth, outputs)
+        if max(thresholds.values()) > ALL_BUT_ONE:
+            task, thresholds = self, answers.tuned(truth, outputs)
+        return task.model_copy(update={"thresholds": thresholds | (self.thresholds or {})})
 
     def uncalibrated(self) -> Self:
         thresholds = {label: scaled(value, 1 / self.divisor) for label, value in (self.thresholds or {}).items()}
@@ -337,12 +340,3 @@ class Classification(Calibrated):
         scores = ", ".join(f"{found['scores'][label]:.3f}" for label in given)
         texts = [found[role] for role in ("text", "pair") if role in found]
         return "\t".join(map(printable, [", ".join(given), scores, *texts]))
-
-
-def _stranger(named: object, labels: Collection[str]) -> str:
-    """What is wrong with a mapping that names something else than labels; empty where nothing is."""
-    if not isinstance(named, dict):
-        return ""
-    return next(
-        (f"holds {label!r}, which is no label{nearest(label, labels)}" for label in named if label not in labels), ""
-    )
