@@ -109,7 +109,7 @@ def _measured(report: dict[str, Any]) -> str:
     name = next(iter(scores), None)
     score = "" if name is None else f"{name} {interval(scores[name])}"
     megabytes, seconds = report["adapter_bytes"] / 1e6, report["measured"]["train_seconds"]
-    return f"{score} | {report['trainable_parameters']:,} | {megabytes:.1f} | {seconds:.0f}"
+    return f"{score} | {report['trainable_parameters']:,} | {megabytes:.3g} | {seconds:.0f}"
 
 
 def _ece(report: dict[str, Any]) -> str:

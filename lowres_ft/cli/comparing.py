@@ -79,7 +79,7 @@ def _bundles(found: "Comparison") -> "Table":
     for place, one in enumerate(found.contenders):
         scores = [interval(one.scores.metrics[name].model_dump()) for name in metrics]
         held = one.dtype if one.quantize == "none" else f"{one.quantize}, {one.dtype}"
-        figures = (f"{one.adapter_bytes / 1e6:.1f}", f"{one.rows_per_second:,.0f}")
+        figures = (f"{one.adapter_bytes / 1e6:.3g}", f"{one.rows_per_second:,.0f}")
         table.add_row(_letter(place), Text(printable(one.name)), one.method, held, *scores, *figures)
     return table
 
