@@ -276,6 +276,11 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
     return replace(bundle, passport=passport)
 
 
+def adapter_bytes(folder: Path) -> int:
+    """Size of the weights in a bundle's folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROBE)
+
+
 def _record(path: Path) -> FileRecord:
     return FileRecord(sha256=sha256(path), size=path.stat().st_size)
 

@@ -5,32 +5,53 @@ from typing import Any
 
 from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
-from lowres_ft.spec import figures
 from lowres_ft.tasks.base import Task
+from lowres_ft.verdict import interval, metrics
 
-_FIGURES = {"value", "low", "high", "count"}
 _EMBEDDINGS = "They load the base with its embeddings as they were published; lowres-ft alone holds those in int8."
 
 
 def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
     """The card of a bundle whose scores stand in `report`. `pad_token_id` is given where the base sets none."""
-    trial, cleaners = bundle.recipe.task.trial, ", ".join(bundle.recipe.data.clean)
+    trial = bundle.recipe.task.trial
     body = [
         f"# {bundle.recipe.name}",
         bundle.recipe.summary,
         f"Trained with lowres-ft ({_method(bundle)}) on {_named_base(bundle)}; data: `{bundle.recipe.data.train}`.",
         "## Scores",
         _table(report),
-        "95 % bootstrap intervals. `report.json` holds the rest, `recipe.yaml` the experiment, `lowres.json` hashes.",
+        "95 % bootstrap intervals. `report.html` shows more, `report.json` holds all, `recipe.yaml` the experiment, "
+        "`lowres.json` hashes.",
         "## Use",
         f"With lowres-ft: `lowres-ft predict . {trial}`; `lowres-ft verify .` checks files and logits.",
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
         f"```python\n{_lines(bundle, pad_token_id)}\n```",
         _EMBEDDINGS if bundle.recipe.model.quantize_embeddings else "",
         bundle.recipe.task.advice,
-        f"Texts are cleaned first ({cleaners}): lowres-ft does so by itself, other programs must." if cleaners else "",
+        _cleaned(bundle),
     ]
     return f"---\n{yaml12.dumps(_front_matter(bundle))}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+
+
+def render_merged(bundle: Bundle) -> str:
+    """The card of a merged model, which other programs load without what lowres-ft knows of its probabilities."""
+    recipe = bundle.recipe
+    body = [
+        f"# {recipe.name}",
+        recipe.summary,
+        f"Merged by lowres-ft: {_method(bundle)}, folded into {_named_base(bundle)}; data: `{recipe.data.train}`.",
+        recipe.task.advice,
+        _cleaned(bundle),
+    ]
+    front = _front_matter(bundle) | {"library_name": "transformers"}
+    return f"---\n{yaml12.dumps(front)}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+
+
+def _cleaned(bundle: Bundle) -> str:
+    cleaners = ", ".join(bundle.recipe.data.clean)
+    return (
+        f"Texts are cleaned first ({cleaners}): lowres-ft does so by itself, other programs must." if cleaners else ""
+    )
 
 
 def _front_matter(bundle: Bundle) -> dict[str, Any]:
@@ -59,12 +80,10 @@ def _table(report: dict[str, Any]) -> str:
     rows += [(f"test, baseline {name}", scores) for name, scores in report["baselines"].items()]
     if not rows:
         return "No rows were held out."
-    names = [name for name, value in rows[0][1].items() if isinstance(value, dict) and value.keys() >= _FIGURES]
+    names = metrics(rows[0][1])
     lines = ["| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, scores in rows:
-        cells = [
-            "{} [{}, {}]".format(*figures(*(scores[name][part] for part in ("value", "low", "high")))) for name in names
-        ]
+        cells = [interval(scores[name]) for name in names]
         lines.append(f"| {label} ({scores[names[0]]['count']}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -111,14 +111,18 @@ def score(task: Task, truth: Ragged, predicted: Ragged) -> Scores:
 
 def difference(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Value:
     """How much better ours is on the task's first metric, with a paired interval: the same rows drawn for both."""
-    pair = [task.evidence(truth, outputs) for outputs in (ours, theirs)]
+    return gains(task, task.evidence(truth, ours), task.evidence(truth, theirs))[0]
+
+
+def gains(task: Task, ours: np.ndarray, theirs: np.ndarray) -> tuple[Value, list[float]]:
+    """How much better one evidence of some rows is than another, and the resamples that the interval is of."""
 
     def gain(index: np.ndarray) -> float:
-        better, worse = (task.metrics(evidence[index])[task.metric] for evidence in pair)
+        better, worse = (task.metrics(evidence[index])[task.metric] for evidence in (ours, theirs))
         return better - worse if task.higher_is_better else worse - better
 
-    samples = [gain(index) for index in _resamples(len(truth))]
-    return Value(value=gain(np.arange(len(truth))), count=len(truth), **_interval(samples))
+    samples = [gain(index) for index in _resamples(len(ours))]
+    return Value(value=gain(np.arange(len(ours))), count=len(ours), **_interval(samples)), samples
 
 
 def metric(task: Task, truth: Ragged, predicted: Ragged) -> float:

@@ -10,12 +10,12 @@ from typing import Self
 import numpy as np
 import torch
 
-from lowres_ft import evaluate, model, profiles
+from lowres_ft import card, evaluate, model, profiles
 from lowres_ft.batches import Tokens, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.device import Machine
 from lowres_ft.errors import AssetError, BundleError, DataError, OutputError
-from lowres_ft.files import publish, writing
+from lowres_ft.files import publish, write_bytes, writing
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.prediction import held_out
@@ -44,6 +44,8 @@ class Merged:
     """Largest difference of a logit to the model as it was measured, where that was quantized or in 16 bits."""
     quantized: "Quantized | None" = None
     """What was lost where the merged model was quantized."""
+    temperature: float | None = None
+    """What other programs must divide logits by for calibrated probabilities: the merged model itself does not."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _folded(bundle: Bundle, adapted: Adapted, plan: Plan, folder: Path) -> Adapt
     model.merge(adapted)
     model.save_plain(adapted, folder)
     model.load_tokenizer(bundle.folder).save_pretrained(folder)
+    write_bytes(folder / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=model.load_plain(adapted.task, folder, plan.device), adapted=())
 
 
@@ -121,6 +124,7 @@ def _quantized(bundle: Bundle, adapted: Adapted, folder: Path, form: str) -> Ada
     """Write a merged model again in bitsandbytes' format, and load what was written."""
     small = model.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
     model.load_tokenizer(bundle.folder).save_pretrained(folder / form)
+    write_bytes(folder / form / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=small)
 
 
@@ -216,4 +220,7 @@ def _proof(bundle: Bundle, out: Path, source: str, before: _Answers, after: _Ans
             f"{flipped} answers, {task.metric} by {lost:.4f}; nothing was kept",
             hint="Use the adapter unmerged, and report this with the base's name.",
         )
-    return Merged(out, len(before.logits), source, gap, flipped, after.metric, from_measured=None)
+    temperature = getattr(task, "temperature", None)
+    return Merged(
+        out, len(before.logits), source, gap, flipped, after.metric, from_measured=None, temperature=temperature
+    )

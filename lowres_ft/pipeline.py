@@ -21,8 +21,10 @@ from lowres_ft import (
     data,
     device,
     evaluate,
+    exhibits,
     files,
     model,
+    page,
     probes,
     profiles,
     quantize,
@@ -172,15 +174,31 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
         if name != "train"
     }
     ready = tuned(ready, predicted)
-    scores, baselines = _scores(ready, predicted, before.outputs if before else None)
-    notes = list(ready.notes)
-    if baselines and len(rows.train) > rows.task.baseline_rows:
-        notes.append(f"the baselines saw {rows.task.baseline_rows:,} of {len(rows.train):,} training rows")
-        listen(Note(notes[-1]))
-    found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, notes)
+    found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
     if contrast and before:
         found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
     return _written(ready, found, machine, place)
+
+
+def _reported(
+    ready: Ready, measured: Measured, predicted: dict[str, Ragged], base: Ragged | None, listen: Listener
+) -> dict[str, Any]:
+    """What report.json holds, but for what is known once the bundle is written."""
+    scores, baselines = _scores(ready, predicted, base)
+    task, tokens, train_rows = ready.adapted.task, ready.tokens, ready.rows.train
+    told = [exhibits.untold_temperature(task, predicted)]
+    if baselines and len(train_rows) > task.baseline_rows:
+        told.append(f"the baselines saw {task.baseline_rows:,} of {len(train_rows):,} training rows")
+    told = [text for text in told if text]
+    for text in told:
+        listen(Note(text))
+    found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, [*ready.notes, *told])
+    return found | {
+        "calibration": exhibits.calibration(task, tokens, predicted),
+        "errors": exhibits.errors(task, tokens, predicted),
+        "lengths": exhibits.lengths(tokens["train"], task.max_length),
+        "rows": exhibits.rows(task, ready.rows, tokens, predicted, ready.recipe.data.report_rows),
+    }
 
 
 def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener = unheard) -> Ready:
@@ -228,8 +246,9 @@ def _written(ready: Ready, found: dict[str, Any], machine: Machine, place: Place
     passport = bundle.passport(adapted, resolved, ready.plan, machine, found["scores"], ready.rows.fingerprint())
     draft = Bundle(place.draft, passport, resolved)
     bundle.write(draft.folder, adapted, resolved)
-    found["adapter_bytes"] = report.adapter_bytes(draft.folder)
+    found["adapter_bytes"] = bundle.adapter_bytes(draft.folder)
     files.write_json(draft.folder / "report.json", found)
+    files.write_bytes(draft.folder / "report.html", page.render(found).encode())
     pad = adapted.model.config.pad_token_id
     pad = None if pad == adapted.base.config().get("pad_token_id") else pad
     files.write_bytes(draft.folder / "README.md", card.render(draft, found, pad_token_id=pad).encode())
@@ -264,6 +283,7 @@ def fit(ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard)
     spec, task = state.spec, adapted.task
     every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
     steps: list[Step] = []
+    evaluations: list[tuple[int, float]] = []
     for step in train.train(state, tokens["train"], plan, machine):
         steps.append(step)
         log.write(json.dumps(asdict(step)) + "\n")
@@ -274,10 +294,11 @@ def fit(ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard)
             value = evaluate.metric(task.tune(truth, predicted), truth, predicted)  # as the end result is scored
             value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
             state.record(value)
+            evaluations.append((step.number, value))
             log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")
             listen(Evaluated(step.number, task.metric, value))
     state.restore_best()
-    return Measured.of(steps, state.best_step, plan.device)
+    return Measured.of(steps, evaluations, state.best_step, plan.device)
 
 
 def _scores(

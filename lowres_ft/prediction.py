@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ _AT_ONCE = 1024  # texts that stand in memory together
 class Predictor:
     """A bundle's model, ready to predict."""
 
-    def __init__(self, adapted: Adapted, plan: Plan, *, heard: Heard | None = None) -> None:
-        """`heard` is called with each piece of an answer as a chat model writes it."""
-        self.adapted = adapted
+    def __init__(self, adapted: Adapted, plan: Plan, *, heard: Heard | None = None, calibrated: bool = True) -> None:
+        """`heard` is called with each piece of an answer as a chat model writes it.
+
+        Probabilities are calibrated where the bundle has a temperature, or as the model gives them; the answers are the
+        same.
+        """
+        self.adapted = adapted if calibrated else replace(adapted, task=adapted.task.uncalibrated())
         self.plan = plan
         self.heard = heard
 

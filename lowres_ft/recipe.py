@@ -75,6 +75,8 @@ class DataSpec(Spec):
     """Use each row once, however often it stands in its source."""
     probe_rows: int = Field(default=8, ge=0, le=256)
     """Validation rows whose token ids and logits lie in the bundle for `verify`; 0, or no validation, for none."""
+    report_rows: int = Field(default=8, ge=0, le=30)
+    """Held-out rows, the worst and the most in doubt, whose texts the report shows; 0 for none. Never rows of train."""
 
 
 class EarlyStopping(Spec):

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from lowres_ft import device
-from lowres_ft.bundle import PROBE
 from lowres_ft.device import versions
 from lowres_ft.evaluate import Baseline, Scores
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe
 from lowres_ft.train import Step
+
+_POINTS = 200  # of a curve of losses
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,15 @@ class Measured:
     steps: int
     best_step: int
     peak_bytes: int
+    losses: tuple[float, ...]
+    """Of each step."""
+    evaluations: tuple[tuple[int, float], ...]
+    """Steps and the first metric on validation after them."""
 
     @classmethod
-    def of(cls, steps: Sequence[Step], best_step: int, device_name: str) -> Self:
+    def of(
+        cls, steps: Sequence[Step], evaluations: Sequence[tuple[int, float]], best_step: int, device_name: str
+    ) -> Self:
         """Sum up some steps, the best of which was `best_step` (0 where none was evaluated)."""
         return cls(
             train_seconds=sum(step.seconds for step in steps),
@@ -38,6 +44,8 @@ class Measured:
             steps=len(steps),
             best_step=best_step or len(steps),
             peak_bytes=device.peak_bytes(device_name),
+            losses=tuple(step.loss for step in steps),
+            evaluations=tuple(evaluations),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +60,14 @@ class Measured:
             "best_step": self.best_step,
             "peak_bytes": self.peak_bytes,
         }
+
+    def curves(self) -> dict[str, Any]:
+        """Pairs of a step and its value: losses, their means over as many steps as leave 200, and evaluations."""
+        span = -(-len(self.losses) // _POINTS)
+        parts = [self.losses[at : at + span] for at in range(0, len(self.losses), span)]
+        ends = [min(len(self.losses), (number + 1) * span) for number in range(len(parts))]
+        losses = [[end, sum(part) / len(part)] for end, part in zip(ends, parts, strict=True)]
+        return {"loss": losses, "validation": [list(pair) for pair in self.evaluations]}
 
 
 def make(
@@ -69,6 +85,7 @@ def make(
         "recipe": recipe.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
         "measured": measured.to_json(),
+        "curves": measured.curves(),
         "trainable_parameters": trained,
         "parameters": adapted.parameters,
         "scores": {split: found.to_json() for split, found in scores.items()},
@@ -76,8 +93,3 @@ def make(
         "notes": list(notes),
         "versions": versions(),
     }
-
-
-def adapter_bytes(folder: Path) -> int:
-    """Size of the weights in a bundle's folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROBE)

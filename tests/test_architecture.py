@@ -13,12 +13,13 @@ FILES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACK
 MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
     "errors spec yaml12 files libraries events",
-    "registry tasks methods clean",
-    "recipe overrides assets gguf starters",
+    "registry tasks methods clean calibration",
+    "recipe overrides assets gguf starters verdict",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits",
-    "train evaluate bundle border probes card merging prediction generation contrast checks checking powerlaw",
-    "report pipeline runs curve plotting",
+    "train evaluate significance bundle border probes card merging prediction generation contrast comparison checks"
+    " checking powerlaw",
+    "report exhibits page pipeline runs curve plotting",
     "cli __main__",
 )
 LIGHT = 2

@@ -50,7 +50,7 @@ def cli(monkeypatch, capsys) -> Iterator[Callable[..., Done]]:
 def test_the_commands_are_those_of_the_readme():
     assert list(COMMANDS) == [
         *("recipe", "list", "show", "check", "curve", "new"),
-        *("evaluate", "predict", "chat", "merge", "verify", "base"),
+        *("evaluate", "compare", "predict", "chat", "merge", "verify", "base"),
     ]
 
 
@@ -77,7 +77,8 @@ def test_options_are_called_the_same_everywhere(name):
     options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
     assert "--json" in options or name in ("predict", "chat")
     assert "--quiet" in options or name in ("list", "show", "new")
-    assert ("--device" in options) == (name in ("recipe", "curve", "evaluate", "predict", "chat", "merge", "verify"))
+    devices = ("recipe", "curve", "evaluate", "compare", "predict", "chat", "merge", "verify")
+    assert ("--device" in options) == (name in devices)
 
 
 def test_version(cli):

@@ -30,6 +30,7 @@ def test_a_bundle_holds_what_the_design_says(trained: Trainer):
         "lowres.json",
         "probe.safetensors",
         "recipe.yaml",
+        "report.html",
         "report.json",
         "tokenizer.json",
         "tokenizer_config.json",

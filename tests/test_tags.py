@@ -177,3 +177,12 @@ def test_what_is_no_entity_is_told(values: object, message: str):
 def test_entities_may_touch_and_stand_in_any_order():
     spans = _words.spans([[3, 8, "LOC"], {"start": 0, "end": 3, "label": "PER", "id": 7}], "New York", "")
     assert spans == [Span(0, 3, "PER"), Span(4, 8, "LOC", trimmed=True)]
+
+
+def test_kinds_of_errors():
+    # types: 0 is LOC (classes 1, 2), 1 is PER (3, 4); rows of four words
+    truth = np.array([1, 2, 0, 3, 3, 4, 0, 1, 1, 2, 0, 3, 0, 0, 1, 2])
+    found = np.array([1, 0, 0, 1, 3, 4, 0, 0, 3, 4, 4, 3, 0, 3, 0, 0])
+    rows = np.repeat(np.arange(4), 4)
+    assert _tags.errors(truth, found, rows) == {"borders": 1, "type": 1, "both": 1, "invented": 1, "missed": 2}
+    assert sum(_tags.errors(truth, truth, rows).values()) == 0

@@ -16,6 +16,7 @@ from lowres_ft.tasks.base import printable
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle
+    from lowres_ft.merging import Merged
     from lowres_ft.model import Adapted
     from lowres_ft.plan import Plan
 
@@ -63,6 +64,9 @@ def predict(
         typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or one text a line; - is standard input."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the screen.")] = None,
+    uncalibrated: Annotated[
+        bool, typer.Option("--uncalibrated", help="Probabilities as the model gives them, without the temperature.")
+    ] = False,
     dtype: Dtype = None,
     base: Base = None,
     device: Device = "auto",
@@ -73,15 +77,14 @@ def predict(
     from lowres_ft import prediction
     from lowres_ft.bundle import open_bundle
 
-    if not texts and file is None:
-        raise typer.BadParameter("give texts, --file F, or - for standard input", param_hint="TEXT")
-    if texts and file is not None:
-        raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
+    _require_one(texts, file)
     opened = open_bundle(bundle)
+    if uncalibrated and opened.recipe.task.generates:
+        raise typer.BadParameter("a model that writes gives no probabilities", param_hint="--uncalibrated")
     model = loaded(opened, device, dtype, base, quiet)
     with _writing(out) as sink:
         streams = opened.recipe.task.generates and not as_json
-        predictor = prediction.Predictor(*model, heard=streamed(sink) if streams else None)
+        predictor = prediction.Predictor(*model, heard=streamed(sink) if streams else None, calibrated=not uncalibrated)
         if texts and texts != ["-"]:
             found = predictor.texts(texts)
         elif file not in (None, "-"):
@@ -92,6 +95,14 @@ def predict(
             line = json.dumps(one, ensure_ascii=False) if as_json else "" if streams else opened.recipe.task.line(one)
             sink.write(line + "\n")
             sink.flush()
+
+
+def _require_one(texts: list[str] | None, file: str | None) -> None:
+    """Refuse to predict on nothing, or on two things."""
+    if not texts and file is None:
+        raise typer.BadParameter("give texts, --file F, or - for standard input", param_hint="TEXT")
+    if texts and file is not None:
+        raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
 
 
 def streamed(sink: TextIO) -> Callable[[str], None]:
@@ -163,15 +174,22 @@ def merge(
     if as_json:
         print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
         return
+    _show_merge(found, opened.recipe.task.metric)
+
+
+def _show_merge(found: "Merged", name: str) -> None:
+    """What a merge was checked on, and what it changed of the metric called `name`."""
     print(f"compared on {found.rows:,} rows ({found.source}):")
     print(f"largest difference of a logit {found.largest_difference:.1e}, no answer differs")
     if found.from_measured is not None:
         print(f"to the model as it was measured: largest difference of a logit {found.from_measured:.1e}")
+    if found.temperature is not None:
+        print(f"its probabilities are not calibrated: divide its logits by {found.temperature:g} (README.md says so)")
     if found.quantized is None:
         print(f"merged model {found.folder}, fp32, for any program that reads transformers models")
         return
     lost = found.quantized
-    metric = "" if lost.metric is None else f", {opened.recipe.task.metric} {lost.metric:.3f} after {found.metric:.3f}"
+    metric = "" if lost.metric is None else f", {name} {lost.metric:.3f} after {found.metric:.3f}"
     print(f"in {lost.form}: largest difference of a logit {lost.largest_difference:.1e}, {lost.flipped} differ{metric}")
     print(f"merged model {found.folder}, {lost.form}, for any program that reads transformers models of bitsandbytes")
 

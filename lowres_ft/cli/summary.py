@@ -6,20 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowres_ft.recipe import Recipe
-from lowres_ft.spec import figures
+from lowres_ft.verdict import baseline_name, compared, interval, metrics
 
 if TYPE_CHECKING:
     from lowres_ft.pipeline import Rehearsal
 
 _SAMPLES = 3  # sample answers that are printed
 _WIDTH = 100  # characters of one
-_FIGURES = {"value", "low", "high", "count"}
-_NAMES = {
-    "majority": "majority class",
-    "tfidf": "TF-IDF + logistic regression",
-    "gazetteer": "entities of train by heart",
-    "base": "untouched base",
-}
 
 
 def run(folder: Path, report: dict[str, Any], trial: str) -> str:
@@ -27,7 +20,7 @@ def run(folder: Path, report: dict[str, Any], trial: str) -> str:
     lines = [_scores(split, scores) for split, scores in report["scores"].items()]
     for name, scores in report["baselines"].items():
         gain = scores["gain"]
-        lines.append(f"  {_NAMES.get(name, name):<28} {_value(scores, _first(scores))}; ours is {_compared(gain)}")
+        lines.append(f"  {baseline_name(name):<28} {_value(scores, _first(scores))}; ours is {compared(gain)}")
     lines += _contrast(report)
     measured, trained = report["measured"], report["trainable_parameters"]
     lines += [
@@ -81,7 +74,7 @@ def rehearsal_json(found: "Rehearsal") -> str:
 
 def scores_table(scores: dict[str, Any]) -> str:
     """Every metric with its interval, then each class or type of entities."""
-    rows = [f"{name:<16} {_interval(scores[name])}" for name in _metrics(scores)]
+    rows = [f"{name:<16} {interval(scores[name])}" for name in metrics(scores)]
     for part, counted in (("classes", "rows"), ("types", "entities")):
         for label, found in scores.get(part, {}).items():
             shown = (name for name in ("precision", "recall", "f1", "threshold") if name in found)
@@ -91,23 +84,9 @@ def scores_table(scores: dict[str, Any]) -> str:
 
 
 def _scores(split: str, scores: dict[str, Any]) -> str:
-    first, *others = _metrics(scores)
+    first, *others = metrics(scores)
     second = f"   {_value(scores, others[0])}" if others else ""
     return f"{split} ({scores[first]['count']:,} rows): {_value(scores, first)}{second}"
-
-
-def _compared(gain: dict[str, Any]) -> str:
-    """In words: better and worse are only said where the interval is on one side of zero."""
-    if gain["low"] > 0:
-        return f"better by {_interval(gain)}"
-    if gain["high"] < 0:
-        return f"WORSE by {_interval({'value': -gain['value'], 'low': -gain['high'], 'high': -gain['low']})}"
-    return f"not clearly different: {_interval(gain, sign='+')}"
-
-
-def _metrics(scores: dict[str, Any]) -> list[str]:
-    """Names of the metrics; what else there is by name, such as a class called 'low', has no interval."""
-    return [name for name, value in scores.items() if isinstance(value, dict) and value.keys() >= _FIGURES]
 
 
 def _first(scores: dict[str, Any]) -> str:
@@ -115,9 +94,4 @@ def _first(scores: dict[str, Any]) -> str:
 
 
 def _value(scores: dict[str, Any], name: str) -> str:
-    return f"{name} {_interval(scores[name])}"
-
-
-def _interval(value: dict[str, Any], sign: str = "") -> str:
-    shown, low, high = figures(value["value"], value["low"], value["high"], sign=sign)
-    return f"{shown} [{low}, {high}]"
+    return f"{name} {interval(scores[name])}"

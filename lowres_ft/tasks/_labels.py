@@ -155,6 +155,15 @@ def told_unknown(unknown: Mapping[str, Seen], labels: tuple[str, ...]) -> DataEr
     )
 
 
+def stranger(named: object, labels: Collection[str]) -> str:
+    """What is wrong with a mapping that names something else than labels; empty where nothing is."""
+    if not isinstance(named, dict):
+        return ""
+    return next(
+        (f"holds {label!r}, which is no label{nearest(label, labels)}" for label in named if label not in labels), ""
+    )
+
+
 def quoted(value: object, most: int = 60) -> str:
     """A value as it is told: a label column that is not one may hold whole pages."""
     shown = repr(value)

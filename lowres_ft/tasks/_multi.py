@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lowres_ft.tasks import _tfidf
-from lowres_ft.tasks.base import IGNORED, Ragged
+from lowres_ft.tasks.base import IGNORED, NONE, Ragged
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+ALL_BUT_ONE = 1 - 1e-12
+"""Above it, so few probabilities can be told apart that thresholds there would not decide as they should."""
 HALF = 0.5
 """The probability from which a label is given, where nothing else was chosen."""
 
@@ -23,6 +25,7 @@ class Multi:
     weights: tuple[float, ...] | None
     smoothing: float
     thresholds: tuple[float, ...]
+    temperature: float = 1.0
 
     metric: ClassVar[str] = "f1_micro"
     problem_type: ClassVar[str] = "multi_label_classification"
@@ -59,7 +62,7 @@ class Multi:
         """(R, L) whether each label is given."""
         import numpy as np
 
-        return np.asarray(_probability(logits) >= np.array(self.thresholds))
+        return np.asarray(self._probability(logits) >= np.array(self.thresholds))
 
     def evidence(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
         """(R, 2, L): whether a row has each label, and whether it is predicted."""
@@ -98,18 +101,46 @@ class Multi:
             }
         }
 
-    def tuned(self, truth: Ragged, outputs: Ragged) -> dict[str, float]:
-        """For each label the probability from which giving it has the best F1 on these rows."""
+    def certainty(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        """(R x L, 3) of each label of each row, as in `Task.certainty`: right is that the row has it."""
+        import numpy as np
+
+        has, logits = truth.values == 1, outputs.values[:, 0] / self.temperature
+        sign = np.where(has, -1.0, 1.0)
+        return np.stack([self._probability(outputs.values[:, 0]), has, -np.logaddexp(0, sign * logits)], axis=1)
+
+    def ranking(self, truth: Ragged, outputs: Ragged) -> "dict[str, np.ndarray]":
+        """Worst is the least probability of a row's labels all being as they are; in doubt, one near its threshold."""
+        import numpy as np
+
         shape = (len(truth), len(self.labels))
-        has, scores = truth.values.reshape(shape) == 1, _probability(outputs.values.reshape(shape))
-        return {label: _best(has[:, index], scores[:, index]) for index, label in enumerate(self.labels)}
+        scores = self._probability(outputs.values.reshape(shape))
+        return {
+            "worst": -self.certainty(truth, outputs)[:, 2].reshape(shape).sum(1),
+            "uncertain": -np.abs(scores - np.array(self.thresholds)).min(1),
+        }
+
+    def wanted(self, truth: "np.ndarray") -> str:
+        """A row's labels in words."""
+        return ", ".join(label for label, has in zip(self.labels, truth == 1, strict=True) if has) or NONE
+
+    def tuned(self, truth: Ragged, outputs: Ragged) -> dict[str, float]:
+        """For each label the probability from which giving it has the best F1 on these rows.
+
+        It is chosen among the model's own probabilities and then scaled, so that a temperature changes no answer.
+        """
+        shape = (len(truth), len(self.labels))
+        has, scores = truth.values.reshape(shape) == 1, _expit(outputs.values.reshape(shape))
+        best = [_best(has[:, index], scores[:, index]) for index in range(len(self.labels))]
+        return {label: scaled(value, self.temperature) for label, value in zip(self.labels, best, strict=True)}
 
     def baselines(
         self, train: Sequence[_tfidf.Texts], targets: "np.ndarray", test: Sequence[_tfidf.Texts], seed: int
     ) -> "dict[str, np.ndarray]":
         """(N x L, 1) logits of the labels' shares, and of TF-IDF with a logistic regression for each label.
 
-        They are moved so that the task's thresholds, which were chosen for the model, decide as one half would.
+        They are moved and scaled so that the task's thresholds and temperature, which were chosen for the model, decide
+        as one half would.
         """
         import numpy as np
         from scipy.special import logit
@@ -122,14 +153,26 @@ class Multi:
             model = _tfidf.regression(seed).fit(seen, targets[:, index])
             found["tfidf"][:, index] = model.decision_function(unseen)
         moved = logit(np.array(self.thresholds))
-        return {name: (values + moved).reshape(-1, 1) for name, values in found.items()}
+        return {name: ((values + moved) * self.temperature).reshape(-1, 1) for name, values in found.items()}
 
     def answer(self, output: "np.ndarray") -> dict[str, Any]:
         """The labels that are given, likeliest first, and the probabilities of all."""
-        scores = _probability(output[:, 0])
+        scores = self._probability(output[:, 0])
         given = [int(index) for index in (-scores).argsort(kind="stable") if self.choice(output[:, 0])[index]]
         by_label = {label: float(score) for label, score in zip(self.labels, scores, strict=True)}
         return {"labels": [self.labels[index] for index in given], "scores": by_label}
+
+    def _probability(self, logits: "np.ndarray") -> "np.ndarray":
+        return _expit(logits / self.temperature)
+
+
+def scaled(threshold: float, temperature: float) -> float:
+    """The threshold that decides on probabilities at a temperature as `threshold` does on the model's own."""
+    import numpy as np
+    from scipy.special import expit, logit
+
+    found = float(expit(logit(threshold) / temperature))
+    return min(max(found, float(np.finfo(np.float64).tiny)), float(np.nextafter(1.0, 0.0)))
 
 
 def _counts(evidence: "np.ndarray") -> "np.ndarray":
@@ -164,7 +207,7 @@ def _best(has: "np.ndarray", scores: "np.ndarray") -> float:
     return float(min(tried[f1 == f1.max()], key=lambda threshold: (abs(threshold - HALF), threshold)))
 
 
-def _probability(logits: "np.ndarray") -> "np.ndarray":
+def _expit(logits: "np.ndarray") -> "np.ndarray":
     import numpy as np
     from scipy.special import expit
 

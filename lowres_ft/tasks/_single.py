@@ -19,6 +19,7 @@ class Single:
     labels: tuple[str, ...]
     weights: tuple[float, ...] | None
     smoothing: float
+    temperature: float = 1.0
 
     metric: ClassVar[str] = "accuracy"
     problem_type: ClassVar[str] = "single_label_classification"
@@ -62,7 +63,7 @@ class Single:
         import numpy as np
 
         targets, scores = truth.values, outputs.values
-        log_probability = _log_softmax(scores)[np.arange(len(targets)), targets]
+        log_probability = log_softmax(scores / self.temperature)[np.arange(len(targets)), targets]
         return np.stack([targets, scores.argmax(1), log_probability], axis=1)
 
     def metrics(self, evidence: "np.ndarray") -> dict[str, float]:
@@ -88,6 +89,22 @@ class Single:
         }
         return {"classes": classes, "confusion": confusion.tolist()}
 
+    def certainty(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        """(R, 3) of each row's answer, as in `Task.certainty`."""
+        return certainty(truth.values, outputs.values / self.temperature)
+
+    def ranking(self, truth: Ragged, outputs: Ragged) -> "dict[str, np.ndarray]":
+        """Worst is the least probability of the true class; in doubt are those whose first two classes are close."""
+        import numpy as np
+
+        scores = log_softmax(outputs.values / self.temperature)
+        second, first = np.moveaxis(np.partition(np.exp(scores), -2, axis=1)[:, -2:], -1, 0)
+        return {"worst": -scores[np.arange(len(scores)), truth.values], "uncertain": second - first}
+
+    def wanted(self, truth: "np.ndarray") -> str:
+        """A row's class in words."""
+        return self.labels[int(truth[0])]
+
     def _confusion(self, evidence: "np.ndarray") -> "np.ndarray":
         """(C, C) counts: a row for each true class, a column for each predicted one."""
         import numpy as np
@@ -99,7 +116,10 @@ class Single:
     def baselines(
         self, train: Sequence[_tfidf.Texts], targets: "np.ndarray", test: Sequence[_tfidf.Texts], seed: int
     ) -> "dict[str, np.ndarray]":
-        """(N, C) log-probabilities of the classes' shares, and of TF-IDF with logistic regression."""
+        """(N, C) log-probabilities of the classes' shares, and of TF-IDF with logistic regression.
+
+        They are scaled, so that the task's temperature, which was chosen for the model, leaves them as they are.
+        """
         import numpy as np
 
         targets, size = targets[:, 0], len(self.labels)
@@ -109,13 +129,14 @@ class Single:
         model = _tfidf.regression(seed).fit(seen, targets)
         outputs = np.full((len(test), size), np.log(1e-9))
         outputs[:, model.classes_] = np.log(np.maximum(model.predict_proba(unseen), 1e-9))
-        return {"majority": np.tile(np.log(shares), (len(test), 1)), "tfidf": outputs}
+        found = {"majority": np.tile(np.log(shares), (len(test), 1)), "tfidf": outputs}
+        return {name: values * self.temperature for name, values in found.items()}
 
     def answer(self, output: "np.ndarray") -> dict[str, Any]:
         """The likeliest label, and the probabilities of all."""
         import numpy as np
 
-        scores = np.exp(_log_softmax(output)[0])
+        scores = np.exp(log_softmax(output / self.temperature)[0])
         by_label = {label: float(score) for label, score in zip(self.labels, scores, strict=True)}
         return {"label": self.labels[int(output.argmax())], "scores": by_label}
 
@@ -130,7 +151,22 @@ def _by_class(confusion: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndar
     return precision, recall, 2 * hits / np.maximum(support + predicted, 1), support
 
 
-def _log_softmax(outputs: "np.ndarray") -> "np.ndarray":
+def certainty(targets: "np.ndarray", logits: "np.ndarray") -> "np.ndarray":
+    """(N, 3) of each item: its likeliest class's probability, 1 where that is right, and the truth's log-probability.
+
+    Args:
+        targets: (N,) classes.
+        logits: (N, C).
+    """
+    import numpy as np
+
+    scores = log_softmax(logits)
+    right = logits.argmax(1) == targets
+    return np.stack([np.exp(scores.max(1)), right, scores[np.arange(len(targets)), targets]], axis=1)
+
+
+def log_softmax(outputs: "np.ndarray") -> "np.ndarray":
+    """(N, C) log-probabilities of logits."""
     import numpy as np
 
     shifted = outputs.astype(np.float64) - outputs.max(1, keepdims=True)

@@ -80,3 +80,35 @@ def entities(classes: "np.ndarray", rows: "np.ndarray") -> "np.ndarray":
     starts = np.flatnonzero(~goes_on)
     found = np.stack([starts, np.append(starts, len(classes))[1:], kind[starts]], axis=1)
     return np.asarray(found[found[:, 2] >= 0])
+
+
+def errors(truth: "np.ndarray", found: "np.ndarray", rows: "np.ndarray") -> dict[str, int]:
+    """How entities that are not right are wrong, counted.
+
+    `borders`: found with its type, but not from its first word to its last; `type`: in its place with another type;
+    `both`; `invented`: found where none is; `missed`: none was found where it is.
+
+    Args:
+        truth: (words,) classes, as in `entities`.
+        found: (words,) the classes that were answered.
+        rows: (words,) the row of each word.
+    """
+    import numpy as np
+
+    gold, answers = entities(truth, rows), entities(found, rows)
+    owners = []
+    for spans in (gold, answers):
+        owner = np.full(len(truth), -1)
+        for number, (first, last, _) in enumerate(spans.tolist()):
+            owner[first:last] = number
+        owners.append(owner)
+    counts = dict.fromkeys(("borders", "type", "both", "invented", "missed"), 0)
+    known = {(first, last): kind for first, last, kind in gold.tolist()}
+    for first, last, kind in answers.tolist():
+        if (there := known.get((first, last))) is not None:
+            counts["type"] += there != kind
+            continue
+        touched = {int(gold[number, 2]) for number in owners[0][first:last] if number >= 0}
+        counts["borders" if kind in touched else "both" if touched else "invented"] += 1
+    counts["missed"] = sum(int((owners[1][first:last] < 0).all()) for first, last, _ in gold.tolist())
+    return counts

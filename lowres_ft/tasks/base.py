@@ -7,13 +7,13 @@ one for each token; those that are not `IGNORED` are its items. An item is what 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
 from lowres_ft.errors import DataError
 from lowres_ft.spec import Spec
+from lowres_ft.tasks._ragged import Ragged as Ragged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """A target that counts for nothing: not in the loss, not among the items that it is divided by; of floats it is NaN."""
+
+NONE = "(none)"
+"""What is shown where a row has no label or no entity."""
 
 
 def supervised(targets: "np.ndarray") -> "np.ndarray":
@@ -83,51 +86,6 @@ class Batch:
     """(B, T) which of two texts each token is of, for models that are told."""
     places: "Tensor | None" = None
     """(B, T) each token's place in its sequence, where several are packed into a row."""
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """The items of the rows of a split, one behind the other."""
-
-    values: "np.ndarray"
-    """(items, ...)."""
-    starts: "np.ndarray"
-    """(R + 1,) where each row begins."""
-
-    @classmethod
-    def of(cls, rows: "Sequence[np.ndarray]") -> Self:
-        """Put the items of some rows together."""
-        import numpy as np
-
-        return cls(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, row: int) -> "np.ndarray":
-        if row >= len(self):
-            raise IndexError(row)
-        items: np.ndarray = self.values[self.starts[row] : self.starts[row + 1]]
-        return items
-
-    def __iter__(self) -> "Iterator[np.ndarray]":
-        return (self[row] for row in range(len(self)))
-
-    def take(self, rows: "np.ndarray") -> "Ragged":
-        """The items of some rows."""
-        import numpy as np
-
-        counts = np.diff(self.starts)[rows]
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        index = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], counts)
-        return Ragged(self.values[index], starts)
-
-    @cached_property
-    def row_of(self) -> "np.ndarray":
-        """(items,) the row of each item."""
-        import numpy as np
-
-        return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
 
 @dataclass(frozen=True)
@@ -321,9 +279,29 @@ class Task(Spec):
         """What a report shows beside the metrics, such as a confusion matrix."""
         return {}
 
+    def errors(self, truth: Ragged, outputs: Ragged) -> dict[str, int]:
+        """How many wrong answers there are of each kind, where kinds can be told apart."""
+        return {}
+
     def tune(self, truth: Ragged, outputs: Ragged) -> Self:
-        """The task with what is chosen on validation after training, such as thresholds."""
+        """The task with what is chosen on validation after training, such as thresholds or a temperature."""
         return self
+
+    def uncalibrated(self) -> Self:
+        """The task with probabilities as the model gives them, and the same answers."""
+        return self
+
+    def certainty(self, truth: Ragged, outputs: Ragged) -> "np.ndarray | None":
+        """(N, 3) of each answer that has a probability: that, 1 where it is right, and the truth's log-probability."""
+        return None
+
+    def ranking(self, truth: Ragged, outputs: Ragged) -> "dict[str, np.ndarray]":
+        """By which rows are shown in a report: `worst`, (R,) how wrong each is, and `uncertain`, how much in doubt."""
+        return {}
+
+    def shown(self, example: Any, truth: "np.ndarray", output: "np.ndarray") -> dict[str, str]:
+        """A row in words: its `text`, what is `wanted`, what was `found`, and its `probability`, where there is one."""
+        raise NotImplementedError
 
     def baselines(self, train: Iterable[Any], test: Iterable[Any], seed: int) -> dict[str, Ragged]:
         """Outputs on `test` of simple models made from `train`, by name."""

@@ -180,6 +180,19 @@ class Chat(Task):
     def details(self, evidence: "np.ndarray") -> dict[str, Any]:
         return {"tokens": int(evidence[:, 2].sum())}
 
+    def ranking(self, truth: Ragged, outputs: Ragged) -> "dict[str, np.ndarray]":
+        """Worst is the greatest loss a token."""
+        loss, _, tokens = self.evidence(truth, outputs).T
+        return {"worst": loss / tokens.clip(1)}
+
+    def shown(self, example: Conversation, truth: "np.ndarray", output: "np.ndarray") -> dict[str, str]:
+        """The last answer, and what it follows; the model's answer is not written for it."""
+        last = max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
+        asked = example.messages[last - 1]["content"] if last else ""
+        loss, hits = output.mean(0)
+        figures = f"loss {loss:.3f} a token, {hits:.1%} of {len(output)} tokens the likeliest"
+        return {"text": asked, "wanted": example.messages[last]["content"], "found": figures}
+
     def prediction(self, example: Conversation, output: str) -> dict[str, Any]:
         return {"messages": example.messages, "answer": output}
 

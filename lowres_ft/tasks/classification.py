@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator
 
 from lowres_ft.clean import require_left
-from lowres_ft.errors import DataError, ModelError, nearest
-from lowres_ft.tasks import _labels
+from lowres_ft.errors import DataError
+from lowres_ft.tasks import _labels, _texts
+from lowres_ft.tasks._calibrated import Calibrated
 from lowres_ft.tasks._labels import MOST_LABELS, Label, listed, quoted
-from lowres_ft.tasks._multi import HALF, Multi
+from lowres_ft.tasks._multi import ALL_BUT_ONE, HALF, Multi, scaled
 from lowres_ft.tasks._single import Single
-from lowres_ft.tasks.base import Batch, Encoded, Example, Form, Ragged, Seen, Task, printable
+from lowres_ft.tasks.base import NONE, Batch, Encoded, Example, Form, Ragged, Seen, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ class Text(Example):
     labels: list[str] | None = None
 
 
-class Classification(Task):
+class Classification(Calibrated):
     """One of several labels for each text or pair of texts, or any number of them."""
 
     kind: Literal["classification"] = "classification"
@@ -49,7 +50,7 @@ class Classification(Task):
     separator: str = Field(default=";", min_length=1)
     """What stands between the labels of a text, where a column holds them as one text."""
     thresholds: dict[str, Threshold] | None = None
-    """Probability from which a label is given; those not named here are chosen on validation after training."""
+    """Probability (calibrated) from which a label is given; those not named here are chosen on validation."""
     class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
     """How much a row of each class counts in the loss: `balanced` makes all classes count alike; or `{label: 2.0}`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -82,7 +83,7 @@ class Classification(Task):
     @classmethod
     def _of_labels(cls, value: Any, info: ValidationInfo) -> Any:
         labels = info.data.get("labels")
-        if labels and (sentence := _stranger(value, labels)):
+        if labels and (sentence := _labels.stranger(value, labels)):
             raise ValueError(sentence)
         return value
 
@@ -123,9 +124,9 @@ class Classification(Task):
         if isinstance(self.class_weights, dict):
             weights = tuple(self.class_weights.get(label, 1.0) for label in self.classes)
         if not self.multi_label:
-            return Single(self.classes, weights, self.label_smoothing)
+            return Single(self.classes, weights, self.label_smoothing, self.divisor)
         thresholds = tuple((self.thresholds or {}).get(label, HALF) for label in self.classes)
-        return Multi(self.classes, weights, self.label_smoothing, thresholds)
+        return Multi(self.classes, weights, self.label_smoothing, thresholds, self.divisor)
 
     @property
     def trial(self) -> str:
@@ -135,7 +136,9 @@ class Classification(Task):
     def advice(self) -> str:
         pairs = "Both texts are tokenized together: `tokenizer(text, pair)`. " * self.pairs
         given = json.dumps(self.thresholds, ensure_ascii=False) if self.thresholds else ""
-        return (pairs + f"A label is given from these probabilities on: {given}" * bool(given)).strip()
+        return (
+            pairs + super().advice + f" A label is given from these probabilities on: {given}" * bool(given)
+        ).strip()
 
     def model_config_fields(self) -> dict[str, Any]:
         return {
@@ -146,8 +149,8 @@ class Classification(Task):
         }
 
     def read(self, row: Mapping[str, Any], where: str) -> Text:
-        text = _text(row, "text", where)
-        pair = _text(row, "pair", where) if self.pairs else None
+        text = _texts.one(row, "text", where)
+        pair = _texts.one(row, "pair", where) if self.pairs else None
         if "label" in row:
             if self.multi_label:
                 return Text(where, text, pair=pair, labels=_labels.several(row["label"], self.separator, where))
@@ -196,7 +199,7 @@ class Classification(Task):
                 hint=f"Found are {listed(seen)}. Correct task.labels, or leave it out to find them.",
             )
         for field in ("thresholds", "class_weights"):
-            if sentence := _stranger(getattr(task, field), task.classes):
+            if sentence := _labels.stranger(getattr(task, field), task.classes):
                 raise DataError(f"task.{field} {sentence}", hint=f"Found are {listed(task.classes)}.")
         return task
 
@@ -241,7 +244,7 @@ class Classification(Task):
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if self.pairs:
-            _require_pairs(tokenizer)
+            _texts.require_pairs(tokenizer)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Text]) -> list[list[Encoded]]:
         second = [example.pair for example in examples] if self.pairs else None
@@ -290,10 +293,32 @@ class Classification(Task):
         return self._answers.details(evidence)
 
     def tune(self, truth: Ragged, outputs: Ragged) -> Self:
+        task = self.fitted(truth, outputs)
         answers = self._answers
         if isinstance(answers, Single):
-            return self
-        return self.model_copy(update={"thresholds": answers.tuned(truth, outputs) | (self.thresholds or {})})
+            return task
+        thresholds = replace(answers, temperature=task.divisor).tuned(truth, outputs)
+        if max(thresholds.values()) > ALL_BUT_ONE:
+            task, thresholds = self, answers.tuned(truth, outputs)
+        return task.model_copy(update={"thresholds": thresholds | (self.thresholds or {})})
+
+    def uncalibrated(self) -> Self:
+        thresholds = {label: scaled(value, 1 / self.divisor) for label, value in (self.thresholds or {}).items()}
+        return super().uncalibrated().model_copy(update={"thresholds": thresholds or None})
+
+    def certainty(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        return self._answers.certainty(truth, outputs)
+
+    def ranking(self, truth: Ragged, outputs: Ragged) -> "dict[str, np.ndarray]":
+        return self._answers.ranking(truth, outputs)
+
+    def shown(self, example: Text, truth: "np.ndarray", output: "np.ndarray") -> dict[str, str]:
+        found = self._answers.answer(output)
+        given = [label for label in self.classes if label in found["labels"]] if self.multi_label else [found["label"]]
+        sure = ", ".join(f"{found['scores'][label]:.3f}" for label in given)
+        text = example.text if example.pair is None else f"{example.text}\n{example.pair}"
+        answer = {"found": ", ".join(given) or NONE, "probability": sure}
+        return {"text": text, "wanted": self._answers.wanted(truth)} | answer
 
     def baselines(self, train: Iterable[Text], test: Iterable[Text], seed: int) -> dict[str, Ragged]:
         """Outputs that follow from the labels' shares, and those of TF-IDF with logistic regression."""
@@ -315,36 +340,3 @@ class Classification(Task):
         scores = ", ".join(f"{found['scores'][label]:.3f}" for label in given)
         texts = [found[role] for role in ("text", "pair") if role in found]
         return "\t".join(map(printable, [", ".join(given), scores, *texts]))
-
-
-def _text(row: Mapping[str, Any], role: str, where: str) -> str:
-    text = row[role]
-    if text is None or (isinstance(text, str) and not text.strip()):
-        raise DataError(f"{where}: the {role} is empty")
-    if not isinstance(text, str):
-        raise DataError(f"{where}: the {role} is {quoted(text)}, which is not text")
-    return text
-
-
-def _stranger(named: object, labels: Collection[str]) -> str:
-    """What is wrong with a mapping that names something else than labels; empty where nothing is."""
-    if not isinstance(named, dict):
-        return ""
-    return next(
-        (f"holds {label!r}, which is no label{nearest(label, labels)}" for label in named if label not in labels), ""
-    )
-
-
-def _require_pairs(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer that puts nothing between two texts, as those of most language models do.
-
-    Raises:
-        ModelError: It does.
-    """
-    special = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (True, False)]
-    if special[0] <= special[1]:
-        raise ModelError(
-            "this base's tokenizer puts nothing between the two texts of a pair, so they would run into one",
-            hint="Use an encoder such as BERT's or RoBERTa's kin; or join both texts in one column yourself, with a "
-            "sign between them, and leave out task.pairs.",
-        )

@@ -8,11 +8,12 @@ from pydantic import Field, field_validator
 
 from lowres_ft.errors import DataError
 from lowres_ft.spec import shown
-from lowres_ft.tasks import _labels, _sentence, _tags
+from lowres_ft.tasks import _labels, _sentence, _single, _tags
+from lowres_ft.tasks._calibrated import Calibrated
 from lowres_ft.tasks._gazetteer import Gazetteer
 from lowres_ft.tasks._sentence import Sentence
 from lowres_ft.tasks._windows import Cutter, StandIns, align
-from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Example, Form, Ragged, Seen, Task, printable
+from lowres_ft.tasks.base import IGNORED, NONE, Batch, Encoded, Example, Form, Ragged, Seen, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 MOST_TYPES = 200
 
 
-class Ner(Task):
+class Ner(Calibrated):
     """Entities of several types in each text, as tagged words or as spans of characters.
 
     The items are the words. A word is tagged at its first word piece; so a text has as many items, in the same order,
@@ -195,6 +196,37 @@ class Ner(Task):
             }
         }
 
+    def errors(self, truth: Ragged, outputs: Ragged) -> dict[str, int]:
+        return _tags.errors(truth.values, outputs.values.argmax(1), truth.row_of)
+
+    def tune(self, truth: Ragged, outputs: Ragged) -> Self:
+        return self.fitted(truth, outputs)
+
+    def certainty(self, truth: Ragged, outputs: Ragged) -> "np.ndarray":
+        """(words, 3): the answers are the words' tags."""
+        return _single.certainty(truth.values, outputs.values / self.divisor)
+
+    def ranking(self, truth: Ragged, outputs: Ragged) -> "dict[str, np.ndarray]":
+        """Worst is the least probability of all of a text's tags being as they are; in doubt, one of its tags."""
+        import numpy as np
+
+        sure = self.certainty(truth, outputs)
+        doubt = np.zeros(len(truth))
+        np.maximum.at(doubt, truth.row_of, 1 - sure[:, 0])
+        return {"worst": np.bincount(truth.row_of, -sure[:, 2], minlength=len(truth)), "uncertain": doubt}
+
+    def shown(self, example: Sentence, truth: "np.ndarray", output: "np.ndarray") -> dict[str, str]:
+        import numpy as np
+
+        spans = _tags.entities(truth, np.zeros(len(truth))).tolist()
+        words = example.words
+        wanted = [f"{example.text[words[a][0] : words[b - 1][1]]} [{self.types[kind]}]" for a, b, kind in spans]
+        found = self.prediction(example, output)["entities"]
+        answers = [f"{one['text']} [{one['label']}]" for one in found]
+        sure = ", ".join(f"{one['score']:.3f}" for one in found)
+        answer = {"found": ", ".join(answers) or NONE, "probability": sure}
+        return {"text": example.text, "wanted": ", ".join(wanted) or NONE} | answer
+
     def baselines(self, train: Iterable[Sentence], test: Iterable[Sentence], seed: int) -> dict[str, Ragged]:
         """No entity at all, and the entities of train known by heart."""
         import numpy as np
@@ -214,8 +246,7 @@ class Ner(Task):
         import numpy as np
 
         classes = output.argmax(1)
-        shifted = np.exp(output.astype(np.float64) - output.max(1, keepdims=True))
-        sure = shifted.max(1) / shifted.sum(1)
+        sure = np.exp(_single.log_softmax(output / self.divisor).max(1))
         entities = []
         for first, last, kind in _tags.entities(classes, np.zeros(len(classes))).tolist():
             start, end = example.words[first][0], example.words[last - 1][1]
