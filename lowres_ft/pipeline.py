@@ -15,6 +15,7 @@ from lowres_ft import (
     bases,
     batches,
     behaviour,
+    budget,
     bundle,
     card,
     data,
@@ -110,6 +111,8 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     recipe.task.prepare(model.load_tokenizer(base.folder))
     quantize.require_widths(profile, recipe.model.quantize)
     train.require_optimizer(recipe.train, machine.device)
+    resolved = recipe.model_copy(update={"task": rows.task})
+    plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine)
     return Rehearsal(
         rows=sizes,
         labels=rows.task.names,
@@ -117,7 +120,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         trainable_parameters=profiles.trainable(recipe.method, profile),
         profile=profile,
         steps=train.total_steps(recipe.train, sizes["train"]),
-        plan=plans.make(recipe, profile, machine),
+        plan=plan,
     )
 
 
@@ -180,7 +183,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     profiles.require_length(profile, resolved.task)
     quantize.require_widths(profile, resolved.model.quantize)
     train.require_optimizer(resolved.train, machine.device)
-    plan = plans.make(resolved, profile, machine)
+    plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine), machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))

@@ -83,11 +83,13 @@ class Pass:
 class Account:
     """What a run holds and does."""
 
+    rows: int
+    width: int
     held: Held
     training: Pass
-    """A micro-batch of training."""
+    """A micro-batch of training, `rows` sequences of `width` tokens."""
     evaluation: Pass
-    """One of evaluation."""
+    """One of evaluation, twice as many."""
 
 
 def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int, width: int) -> Account:
@@ -100,12 +102,12 @@ def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int,
         quantize.require_library(recipe.model.quantize)
     if profile.stack is None or profile.layers <= _MORE + 2:
         holding, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
-        return Account(holding, training, evaluation)
+        return Account(rows, width, holding, training, evaluation)
     holding, ((trained, evaluated), few) = _run(recipe, base, profile, plan, (rows, width), (_MORE, _FEW))
     training, evaluation = _extended(trained, few[0], profile.layers), _extended(evaluated, few[1], profile.layers)
     if training is None or evaluation is None:
         _, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
-    return Account(holding, training, evaluation)
+    return Account(rows, width, holding, training, evaluation)
 
 
 def _run(

@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
     """
     found = int(_parsed(text, _SIZES, "a size such as 6GiB or 500MB"))
     if found < 1:
-        raise ValueError(f"must be at least one byte, found {text!r}")
+        raise ValueError("must be at least one byte")
     return found
 
 
@@ -31,14 +31,14 @@ def parse_seconds(text: str) -> float:
     """
     found = _parsed(text, _DURATIONS, "a duration such as 90s, 5m or 1.5h")
     if found <= 0:
-        raise ValueError(f"must be longer than nothing, found {text!r}")
+        raise ValueError("must be longer than nothing")
     return found
 
 
 def _parsed(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> float:
     match = _WRITTEN.fullmatch(text.strip())
     if match is None or match[2] not in units:
-        raise ValueError(f"must be {wanted}, in one of {', '.join(units)}; found {text!r}")
+        raise ValueError(f"must be {wanted}, in one of {', '.join(units)}")
     whole = match[1].isdecimal()  # kept an integer, which floats hold exactly up to 2^53 only
     return (int(match[1]) if whole else float(match[1])) * units[match[2]]
 

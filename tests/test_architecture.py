@@ -14,11 +14,12 @@ MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path i
 LAYERS = (
     "errors spec yaml12 files libraries events sizes",
     "registry tasks methods clean",
-    "recipe overrides assets gguf starters",
+    "recipe overrides assets gguf starters tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
-    " recompute weights model data batches packing plan bases readers formats profiles guess splits",
+    " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger simulate memory"
+    " speed budget",
     "train evaluate bundle border probes card merging prediction generation contrast",
-    "report pipeline runs",
+    "report pipeline runs forecast doctor",
     "cli __main__",
 )
 LIGHT = 2
