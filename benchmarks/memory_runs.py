@@ -1,4 +1,4 @@
-"""The runs by which the memory model is fitted, and others by which it is judged: a name, a shape, a task, a length, changes."""
+"""Runs by which the memory model is fitted, and others by which it is judged."""
 
 from dataclasses import dataclass
 

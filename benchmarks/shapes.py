@@ -1,4 +1,4 @@
-"""Bases with random weights in the shapes of known models, and texts of a given length, for what depends on shapes alone."""
+"""Bases with random weights in the shapes of known models, and texts of a given length."""
 
 import json
 import random
@@ -31,7 +31,9 @@ def _bert(hidden: int, layers: int, heads: int, vocabulary: int, **more: Any) ->
     }
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: tuple[int, int], vocabulary: int, **more: Any) -> dict[str, Any]:
+def _llama(
+    hidden: int, inner: int, layers: int, heads: tuple[int, int], vocabulary: int, **more: Any
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,

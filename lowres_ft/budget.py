@@ -78,7 +78,9 @@ def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
             plan = plan.model_copy(update={"recompute": how})
             yield plan
     if "kept" in plan.attention_kernels.values():
-        again = {length: "recomputed" if kernel == "kept" else kernel for length, kernel in plan.attention_kernels.items()}
+        again = {
+            length: "recomputed" if kernel == "kept" else kernel for length, kernel in plan.attention_kernels.items()
+        }
         yield plan.model_copy(update={"attention_kernels": again})
 
 

@@ -1,11 +1,11 @@
 """Bases that serve the tasks well: what is known of them without a look at the Hub."""
 
 import json
-from collections.abc import Iterator
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lowres_ft import tables
+from lowres_ft.errors import ModelError, nearest
 from lowres_ft.spec import Spec
 
 TaskName = Literal["classification", "ner", "chat"]
@@ -44,8 +44,20 @@ def find(name: str) -> Entry | None:
     return next((entry for entry in entries() if entry.name == name), None)
 
 
-def fitting(task: str | None, language: str | None) -> Iterator[Entry]:
-    """Those that serve a task and speak a language, where one is asked for."""
-    for entry in entries():
-        if (task is None or task in entry.tasks) and (language is None or entry.speaks(language)):
-            yield entry
+def chosen(task: str | None, language: str | None) -> tuple[Entry, ...]:
+    """Those that serve a task and speak a language, where one is asked for.
+
+    Raises:
+        ModelError: There is none.
+    """
+    tasks = get_args(TaskName)
+    if task is not None and task not in tasks:
+        raise ModelError(f"no task is called '{task}'{nearest(task, tasks)}", hint=f"There are {', '.join(tasks)}.")
+    found = tuple(
+        entry
+        for entry in entries()
+        if (task is None or task in entry.tasks) and (language is None or entry.speaks(language))
+    )
+    if not found:
+        raise ModelError(f"no base here speaks '{language}'", hint="Use a code such as en or zh, or no --language.")
+    return found

@@ -7,18 +7,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lowres_ft import assets, bases, budget, catalogue, device, memory, profiles, quantize, speed, tables
+from lowres_ft import assets, bases, budget, catalogue, device, memory, profiles, quantize, speed, tables, timings
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
+from lowres_ft.catalogue import Entry
 from lowres_ft.device import Machine
 from lowres_ft.memory import Memory
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
-from lowres_ft.recipe import Recipe
+from lowres_ft.recipe import Recipe, load_recipe
 from lowres_ft.simulate import Account
 from lowres_ft.sizes import parse_bytes
 from lowres_ft.speed import Rates
 
+_RECIPES = {"classification": "sentiment-lora", "ner": "entities-lora", "chat": "chat-lora-int8"}
+"""The recipe by which a base is tried for a task."""
 _PRESUMED = ("0", "1")  # labels, where rows are not read to find them
 
 
@@ -73,7 +76,9 @@ class Outlook:
     others: tuple[Forecast, ...]
 
 
-def outlook(recipe: Recipe, *, device_name: str = "auto", processes: int = 1, progress: assets.Progress | None = None) -> Outlook:
+def outlook(
+    recipe: Recipe, *, device_name: str = "auto", processes: int = 1, progress: assets.Progress | None = None
+) -> Outlook:
     """Tell what a recipe takes on this machine and on others. No rows and no weights are read.
 
     `processes` share each step, each on a device of its own. Texts are taken to be as long as the recipe lets them be.
@@ -109,7 +114,13 @@ def usual(processes: int = 1) -> Iterator[Target]:
 
 
 def forecast(
-    recipe: Recipe, base: Base, profile: Profile, target: Target, known: dict[tuple[str, str], tuple[Memory, Account]]
+    recipe: Recipe,
+    base: Base,
+    profile: Profile,
+    target: Target,
+    known: dict[tuple[str, str], tuple[Memory, Account]],
+    *,
+    remedies: bool = True,
 ) -> Forecast:
     """A recipe on a device, by the first plan that fits there, else the most frugal one.
 
@@ -130,7 +141,11 @@ def forecast(
             break
     needed, done = found
     fits = needed.total <= target.memory
-    left = () if fits else budget.remedies(recipe, plan, needed.total, lambda one, by: account(one, by)[0].total)
+    left = (
+        []
+        if fits or not remedies
+        else budget.remedies(recipe, plan, needed.total, lambda one, by: account(one, by)[0].total)
+    )
     rows, width = done.rows, done.width
     taken = speed.seconds(done.training, plan.dtype, target.rates, target.machine.kind)
     step = taken * recipe.train.batch_size / (rows * plan.processes)
@@ -144,6 +159,32 @@ def forecast(
         tokens_per_second=recipe.train.batch_size * width / step,
         remedies=tuple(left),
     )
+
+
+def of_entry(entry: Entry, task: str | None, machine: Machine) -> dict[str, Any]:
+    """A base of the catalogue on a machine, with the shipped recipe for a task; worked out once and kept.
+
+    What is kept says `recipe`, `fits`, `memory_bytes`, `step_seconds` and `tokens_per_second`.
+    """
+    name = _RECIPES[task or entry.tasks[-1]]
+
+    def found() -> dict[str, Any]:
+        recipe = presumed(load_recipe(name, [f"model.base={entry.name}"]))
+        target = Target(machine, device.total_bytes(machine.device), speed.known(machine))
+        with TemporaryDirectory(prefix="lowres-ft-") as folder:
+            base = _base(recipe, Path(folder), None)
+            one = forecast(recipe, base, profiles.profile(base, recipe.task), target, {}, remedies=False)
+        return {
+            "recipe": name,
+            "fits": one.fits,
+            "memory_bytes": one.memory.total,
+            "step_seconds": one.step_seconds,
+            "tokens_per_second": one.tokens_per_second,
+        }
+
+    what = f"forecast {entry.model_dump_json()} {name} {device.versions()} {device.total_bytes(machine.device)}"
+    kept: dict[str, Any] = timings.once(machine, machine.dtype, what, found)
+    return kept
 
 
 def _settings(first: Plan, plan: Plan) -> tuple[str, ...]:

@@ -29,11 +29,11 @@ Cost = tuple[float, int]
 """FLOPs of an operation, and the bytes that it reads and writes."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages from their first sight until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind: Kind | None = None  # None for what was there before a step
         self._forget()
 
@@ -120,7 +120,7 @@ def nbytes(tensor: Tensor) -> int:
 
 def _key(tensor: Tensor) -> int:
     """What tells a storage from all others that are alive."""
-    return tensor.untyped_storage()._cdata  # noqa: SLF001
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001
 
 
 def _converts(function: Any, args: tuple[Any, ...]) -> bool:

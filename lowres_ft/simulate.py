@@ -104,10 +104,11 @@ def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int,
         holding, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
         return Account(rows, width, holding, training, evaluation)
     holding, ((trained, evaluated), few) = _run(recipe, base, profile, plan, (rows, width), (_MORE, _FEW))
-    training, evaluation = _extended(trained, few[0], profile.layers), _extended(evaluated, few[1], profile.layers)
-    if training is None or evaluation is None:
+    whole = _extended(trained, few[0], profile.layers), _extended(evaluated, few[1], profile.layers)
+    if whole[0] is None or whole[1] is None:
         _, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
-    return Account(rows, width, holding, training, evaluation)
+        return Account(rows, width, holding, training, evaluation)
+    return Account(rows, width, holding, *whole)
 
 
 def _run(
@@ -227,7 +228,10 @@ def _moments(count: int, optimizer: str) -> int:
 def _training(adapted: Adapted, ledger: Ledger, rows: int, width: int, *, cut: bool) -> Pass:
     """A micro-batch forward and backward; where a step is `cut`, the gradients of others are there before."""
     trained = list(adapted.trained().values())
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.call(p.grad, "gradients")) for p in trained]
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: ledger.call(p.grad, "gradients"))  # type: ignore[no-untyped-call]
+        for p in trained
+    ]
     batch = _batch(adapted, rows, width)
     with ledger.counted():
         with ledger.during("gradients"):
@@ -254,7 +258,7 @@ def _evaluation(adapted: Adapted, ledger: Ledger, rows: int, width: int) -> Pass
     adapted.model.eval()
     batch = _batch(adapted, rows, width)
     with ledger.counted(), torch.inference_mode(), adapted.computing():
-        left = {"gradients": sum(map(nbytes, adapted.trained().values()))}
+        left: dict[Kind, float] = {"gradients": sum(map(nbytes, adapted.trained().values()))}
         with ledger.during("activations"), _told_apart(adapted.model, ledger):
             adapted.task.outputs(adapted.model, batch)
         found = Pass({**ledger.most, **left}, dict(ledger.costs))

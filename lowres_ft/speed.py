@@ -48,9 +48,7 @@ def seconds(done: Pass, dtype: Dtype, rates: Rates, kind: str) -> float:
     shares = tables.read("speed")
     share = Share.model_validate(shares.get(kind, shares["cuda"]))
     flops, bandwidth = rates.flops_in(dtype) * share.products, rates.bandwidth * share.bandwidth
-    return sum(
-        count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items()
-    )
+    return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
 
 
 def known(machine: Machine) -> Rates:

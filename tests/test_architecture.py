@@ -16,8 +16,8 @@ LAYERS = (
     "registry tasks methods clean",
     "recipe overrides assets gguf starters tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
-    " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger simulate memory"
-    " speed budget",
+    " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
+    " simulate memory speed budget",
     "train evaluate bundle border probes card merging prediction generation contrast",
     "report pipeline runs forecast doctor",
     "cli __main__",
