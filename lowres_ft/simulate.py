@@ -104,11 +104,10 @@ def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int,
         holding, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
         return Account(rows, width, holding, training, evaluation)
     holding, ((trained, evaluated), few) = _run(recipe, base, profile, plan, (rows, width), (_MORE, _FEW))
-    whole = _extended(trained, few[0], profile.layers), _extended(evaluated, few[1], profile.layers)
-    if whole[0] is None or whole[1] is None:
-        _, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
-        return Account(rows, width, holding, training, evaluation)
-    return Account(rows, width, holding, *whole)
+    deep, answered = _extended(trained, few[0], profile.layers), _extended(evaluated, few[1], profile.layers)
+    if deep is None or answered is None:
+        _, ((deep, answered),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
+    return Account(rows, width, holding, deep, answered)
 
 
 def _run(
@@ -257,7 +256,7 @@ def _evaluation(adapted: Adapted, ledger: Ledger, rows: int, width: int) -> Pass
     was_training = adapted.model.training
     adapted.model.eval()
     batch = _batch(adapted, rows, width)
-    with ledger.counted(), torch.inference_mode(), adapted.computing():
+    with ledger.counted(), torch.no_grad(), adapted.computing():  # inference mode would hide products
         left: dict[Kind, float] = {"gradients": sum(map(nbytes, adapted.trained().values()))}
         with ledger.during("activations"), _told_apart(adapted.model, ledger):
             adapted.task.outputs(adapted.model, batch)
