@@ -1,5 +1,6 @@
 """Runs by which the memory model is fitted, and others by which it is judged."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -15,8 +16,12 @@ class Run:
     @property
     def name(self) -> str:
         """Shape, task, length and changes in one line."""
-        short = (change.partition(".")[2] for change in self.changes)
-        return " ".join([self.shape, self.task, str(self.length), *short])
+        return " ".join([self.shape, self.task, str(self.length), *self.changes])
+
+    @property
+    def key(self) -> str:
+        """The same as the name of a file."""
+        return re.sub(r"[^A-Za-z0-9.=-]+", "_", self.name)
 
 
 _INT8, _NF4, _FP32 = "model.quantize=int8", "model.quantize=nf4", "model.dtype=float32"

@@ -19,7 +19,6 @@ from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
 _FILE_ELEMENT = 4  # bytes: files may hold fp32, whatever is kept of it
-_AT_ONCE = 2  # tensors that are read at once
 
 
 class Fitted(Spec):
@@ -30,9 +29,9 @@ class Fitted(Spec):
     model_code: int
     """Bytes that come with the first model: its code, a tokenizer, threads and kernels."""
     allocator: int
-    """Bytes that an allocator holds however little is asked of it."""
+    """Bytes that an allocator leaves in pieces as weights are made 16 bits wide, however little a step makes."""
     fragmentation: float
-    """Bytes that it cannot give back, for each byte that a step makes."""
+    """Bytes that it leaves in pieces then for each byte that a step makes; with fp32 weights it leaves next to none."""
 
     @classmethod
     def of(cls, kind: str) -> "Fitted":
@@ -108,10 +107,16 @@ def estimate(
     shapes = longest(recipe, plan, lengths)
     accounts = [simulate.account(recipe, base, profile, plan, *shape) for shape in shapes]
     account = max(accounts, key=lambda one: max(one.training.bytes, one.evaluation.bytes))
-    return _memory(account.held, max(account.training, account.evaluation, key=lambda one: one.bytes), plan), account
+    peak = max(account.training, account.evaluation, key=lambda one: one.bytes)
+    return _memory(account.held, peak, plan, single=holds_single(recipe, plan)), account
 
 
-def _memory(held: Held, peak: Pass, plan: Plan) -> Memory:
+def holds_single(recipe: Recipe, plan: Plan) -> bool:
+    """Whether the weights are held in fp32, as the files hold them or as all of them are trained."""
+    return plan.dtype == "float32" or recipe.method.trains_base
+
+
+def _memory(held: Held, peak: Pass, plan: Plan, *, single: bool) -> Memory:
     fitted = Fitted.of(plan.device.partition(":")[0])
     kept = held.linears + held.embeddings + held.others + held.heads + held.adapter
     libraries = fitted.libraries + fitted.model_code
@@ -129,6 +134,6 @@ def _memory(held: Held, peak: Pass, plan: Plan) -> Memory:
         logits=round(peak.most.get("logits", 0)),
         work=round(peak.most.get("work", 0)),
         converted=round(peak.most.get("converted", 0)),
-        allocator=round(fitted.allocator + fitted.fragmentation * peak.bytes),
-        loading=libraries + kept + _AT_ONCE * _FILE_ELEMENT * held.largest,
+        allocator=0 if single else round(fitted.allocator + fitted.fragmentation * peak.bytes),
+        loading=libraries + kept + _FILE_ELEMENT * held.largest,
     )
