@@ -77,7 +77,9 @@ def result(run: Run, work: Path) -> Result:
 
 def fit(results: list[Result], imported: int) -> dict[str, Any]:
     """Least squares of relative errors: what comes with a model, and what an allocator leaves in pieces in 16 bits."""
-    tensors = [sum(size for name, size in r.told.terms.items() if name not in ("libraries", "allocator")) for r in results]
+    tensors = [
+        sum(size for name, size in r.told.terms.items() if name not in ("libraries", "allocator")) for r in results
+    ]
     rest = np.array([r.measured - imported - size for r, size in zip(results, tensors, strict=True)])
     sixteen = np.array([0.0 if r.single else 1.0 for r in results])
     columns = np.stack([np.ones(len(results)), sixteen, sixteen * [r.made for r in results]], axis=1)
@@ -95,7 +97,9 @@ def fit(results: list[Result], imported: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory that was told, beside memory that was measured.")
     parser.add_argument("--fit", action="store_true", help="Fit the constants first, and write them.")
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/memory"), help="Where bases and results lie.")
+    parser.add_argument(
+        "--work", type=Path, default=Path("benchmarks/work/memory"), help="Where bases and results lie."
+    )
     parser.add_argument("--out", type=Path, help="Where to write the record.")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)

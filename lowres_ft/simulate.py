@@ -100,6 +100,7 @@ def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int,
     """
     if recipe.model.quantize != "none":
         quantize.require_library(recipe.model.quantize)
+        quantize.require_widths(profile, recipe.model.quantize)
     if profile.stack is None or profile.layers <= _MORE + 2:
         holding, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
         return Account(rows, width, holding, training, evaluation)
