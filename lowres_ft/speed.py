@@ -4,7 +4,6 @@ An operation takes as long as its products or as the bytes that it reads and wri
 of Williams et al. 2009, doi:10.1145/1498765.1498785), and some time to be started.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,11 +33,12 @@ class Rates(Spec):
 
 
 class Share(Spec):
-    """How much of its best a device reaches in training."""
+    """How much of its best a device reaches in training: a processor's as measured, a GPU's as is usual."""
 
     products: float
     """Of the FLOPs of products."""
     bandwidth: float
+    """Of the bytes of a copy that no cache holds; above 1 where caches hold most of what a step touches."""
     start: float
     """Seconds that it takes to start an operation."""
 
@@ -63,14 +63,14 @@ def measured(device: str, each: float = 1.0) -> dict[str, Any]:
     flops = {}
     for name in ("float32", "bfloat16"):
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
-        flops[name] = 2.0 * size**3 / _median(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
+        flops[name] = 2.0 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
     given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
-    moved = 2 * 4 * _COPIED / _median(lambda: taken.copy_(given), kind, each)
+    moved = 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), kind, each)
     return {"flops": flops, "bandwidth": moved}
 
 
-def _median(run: Callable[[], Any], kind: str, most: float) -> float:
-    """Seconds of a call, the median of as many as fit into a time."""
+def _best(run: Callable[[], Any], kind: str, most: float) -> float:
+    """Seconds of a call, the least of as many as fit into a time: others may use the device too."""
     taken: list[float] = []
     run()
     while len(taken) < 3 or sum(taken) < most:
@@ -79,7 +79,7 @@ def _median(run: Callable[[], Any], kind: str, most: float) -> float:
         run()
         _wait(kind)
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def _wait(kind: str) -> None:
