@@ -72,7 +72,7 @@ def result(run: Run, work: Path) -> Result:
     told, account = memory.estimate(recipe, known, profiles.profile(known, recipe.task), plan)
     made = max(account.training.bytes, account.evaluation.bytes)
     single = memory.holds_single(recipe, plan)
-    return Result(run, told, made, single, int(found["peak"]))
+    return Result(run, told, made, single, int(found["stages"]["evaluated"]["peak"]))
 
 
 def fit(results: list[Result], imported: int) -> dict[str, Any]:
@@ -101,15 +101,20 @@ def main() -> None:
         "--work", type=Path, default=Path("benchmarks/work/memory"), help="Where bases and results lie."
     )
     parser.add_argument("--out", type=Path, help="Where to write the record.")
+    parser.add_argument("--known", action="store_true", help="Take only runs that lie in the folder of work already.")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
+    fitted, judged = (
+        [run for run in runs if not given.known or (given.work / f"{run.key}.json").exists()]
+        for runs in (FITTED, JUDGED)
+    )
     if given.fit:
         table = json.loads(_TABLE.read_text(encoding="utf-8"))
-        results = [result(run, given.work) for run in FITTED]
-        read = [json.loads((given.work / f"{run.key}.json").read_text())["stages"]["read"]["now"] for run in FITTED]
+        results = [result(run, given.work) for run in fitted]
+        read = [json.loads((given.work / f"{run.key}.json").read_text())["stages"]["read"]["now"] for run in fitted]
         files.write_json(_TABLE, table | {"cpu": fit(results, round(statistics.median(read)))})
     record = []
-    for name, runs in (("fitted", FITTED), ("judged", JUDGED)):
+    for name, runs in (("fitted", fitted), ("judged", judged)):
         results = [result(run, given.work) for run in runs]
         print(f"{name:<76} {'told':>8} {'measured':>8}  error")
         for one in results:

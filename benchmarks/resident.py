@@ -41,7 +41,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         found["evaluated"] = status()
     return {
         "stages": {name: {"now": held["VmRSS"], "peak": held["VmHWM"]} for name, held in found.items()},
-        "peak": device.peak_bytes("cpu"),
         "plan": ready.plan.model_dump(mode="json"),
     }
 
