@@ -168,9 +168,10 @@ def of_entry(entry: Entry, task: str | None, machine: Machine) -> dict[str, Any]
     """
     name = _RECIPES[task or entry.tasks[-1]]
 
+    target = Target(machine, device.total_bytes(machine.device), speed.known(machine))
+
     def found() -> dict[str, Any]:
         recipe = presumed(load_recipe(name, [f"model.base={entry.name}"]))
-        target = Target(machine, device.total_bytes(machine.device), speed.known(machine))
         with TemporaryDirectory(prefix="lowres-ft-") as folder:
             base = _base(recipe, Path(folder), None)
             one = forecast(recipe, base, profiles.profile(base, recipe.task), target, {}, remedies=False)
@@ -182,7 +183,7 @@ def of_entry(entry: Entry, task: str | None, machine: Machine) -> dict[str, Any]
             "tokens_per_second": one.tokens_per_second,
         }
 
-    what = f"forecast {entry.model_dump_json()} {name} {device.versions()} {device.total_bytes(machine.device)}"
+    what = f"forecast {entry.model_dump_json()} {name} {device.versions()} {target}"
     kept: dict[str, Any] = timings.once(machine, machine.dtype, what, found)
     return kept
 

@@ -126,7 +126,7 @@ def _run(
                 stack = adapted.model.get_submodule(profile.stack)
                 assert isinstance(stack, nn.ModuleList)
                 del stack[depth:]
-            training = _training(adapted, ledger, rows, width, cut=rows < recipe.train.batch_size)
+            training = _training(adapted, ledger, rows, width, cut=rows < -(-recipe.train.batch_size // plan.processes))
             found.append((training, _evaluation(adapted, ledger, 2 * rows, width)))
     return holding, found
 
