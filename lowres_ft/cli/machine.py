@@ -41,7 +41,7 @@ def plan(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what a recipe takes, here and on usual devices: memory term by term, and time. No weights are read."""
+    """Tell memory and time of a run, here and elsewhere."""
     from lowres_ft.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or [])
@@ -100,7 +100,7 @@ def models(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """List bases that serve these tasks well, and which of them fit this machine."""
+    """List bases that serve well, and what fits here."""
     from lowres_ft import catalogue
 
     entries = catalogue.chosen(task, language)
@@ -131,7 +131,7 @@ def doctor(
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Measure speed for a few seconds.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Look at this machine and its libraries: what will work, and what to install. Exit 2 where it cannot work."""
+    """Look at this machine, its libraries and its speed."""
     from lowres_ft import doctor
 
     found = doctor.examine(probe=probe)
