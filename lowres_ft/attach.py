@@ -75,7 +75,10 @@ def train_heads(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
     """
     _require_distinct(model, heads)
     for head in heads:
-        module = model.get_submodule(head).float().requires_grad_(True)
+        module = model.get_submodule(head).requires_grad_(True)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()  # in their place, as `Module.float` cannot with fake tensors
         module.register_forward_pre_hook(_to_float32)
 
 

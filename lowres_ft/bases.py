@@ -68,6 +68,12 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
         AssetError: It cannot be fetched.
         ModelError: What is there is no model with safetensors weights.
     """
+    found = _found(spec, progress, _HUB_FILES)
+    _require_weights(found)
+    return found
+
+
+def _found(spec: ModelSpec, progress: assets.Progress | None, patterns: list[str]) -> Base:
     base = spec.base
     expanded = Path(os.path.expanduser(base))  # as given, where there is no such user
     if spec.revision is not None and (base.startswith("starter:") or expanded.is_dir()):
@@ -79,9 +85,19 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
     elif base.startswith((".", "/", "~")) or len(Path(base).parts) > 2:
         raise ModelError(f"model.base: no folder {base}", hint=f"The current folder is {Path.cwd()}.")
     else:
-        found = _hub(base, spec.revision)
+        found = _hub(base, spec.revision, patterns)
     _require_model(found)
     return found
+
+
+def glance(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
+    """Find a base of which the config is enough: no weights are fetched from the Hub, or asked of a folder.
+
+    Raises:
+        AssetError: It cannot be fetched.
+        ModelError: There is no config.
+    """
+    return _found(spec, progress, ["config.json"])
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -114,14 +130,14 @@ def _starter(base: str, progress: assets.Progress | None) -> Base:
     return Base(base, folder, name, revision or None)
 
 
-def _hub(base: str, revision: str | None) -> Base:
+def _hub(base: str, revision: str | None, patterns: list[str]) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     starters = [f"starter:{name}" for name, starter in assets.STARTERS.items() if starter.is_model]
     try:
         with libraries.quiet_hub():
-            found = snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB)
+            found = snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FROM_HUB)
     except HFValidationError as error:
         known = f"Starters are {', '.join(starters)}; a Hub id is OWNER/NAME."
         told = f"model.base: '{base}' is neither a folder nor a Hub id{nearest(base, starters)}"
@@ -141,6 +157,9 @@ def _require_model(base: Base) -> None:
         raise ModelError(f"{base.folder} holds no config.json, so it is no transformers model")
     if (base.folder / "adapter_config.json").is_file():
         raise ModelError(f"{base.folder} holds an adapter, not a whole model", hint="Merge it first: lowres-ft merge.")
+
+
+def _require_weights(base: Base) -> None:
     if not weight_files(base.folder):
         others = sorted(path.name for ending in ("*.bin", "*.pt") for path in base.folder.glob(ending))
         held = f", only {', '.join(others)}" if others else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowres_ft import bases, batches, behaviour, data, device, evaluate, files, model, pipeline, powerlaw
+from lowres_ft import bases, batches, behaviour, budget, data, device, evaluate, files, model, pipeline, powerlaw
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.batches import Tokens
@@ -262,7 +262,8 @@ class _Trainer:
     def of(cls, setting: _Setting, seed: int) -> "_Trainer":
         spec = setting.recipe.train.model_copy(update={"seed": seed})
         recipe = setting.recipe.model_copy(update={"task": setting.rows.task, "train": spec})
-        plan = plans.make(recipe, setting.profile, setting.machine)
+        made = plans.make(recipe, setting.profile, setting.machine)
+        plan = budget.within(recipe, setting.base, setting.profile, made, setting.machine)
         adapted = model.load(recipe, setting.base, setting.profile, plan)
         plan, _ = behaviour.revise(adapted, plan)
         for name, split in setting.rows.splits().items():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -148,7 +149,38 @@ def peak_bytes(device: str) -> int:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
+    if (status := Path("/proc/self/status")).is_file():  # getrusage's figure begins with that of the parent process
+        found = (line.split() for line in status.read_text().splitlines())
+        return next(int(fields[1]) * 1024 for fields in found if fields and fields[0] == "VmHWM:")
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_bytes(device: str) -> int:
+    """Memory of a device: of a GPU its own, of a processor what this process may have of the machine's."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return min(int(psutil.virtual_memory().total), _group("memory.max"))
+
+
+def free_bytes(device: str) -> int:
+    """Memory of a device that this process has or could have now."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    own = int(psutil.Process().memory_info().rss)
+    left = _group("memory.max") - _group("memory.current", 0)
+    return own + min(int(psutil.virtual_memory().available), max(0, left))
+
+
+def _group(name: str, unlimited: int = sys.maxsize) -> int:
+    """A figure of the control group that a container or a scheduler put this process in (Linux, version 2)."""
+    try:
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):  # no groups, or "max"
+        return unlimited

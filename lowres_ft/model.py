@@ -259,7 +259,7 @@ def _from_files(
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
-                attn_implementation=_attention(plan),
+                attn_implementation=attention_name(plan),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 use_safetensors=True,
@@ -274,7 +274,7 @@ def _from_files(
     return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
 
 
-def _attention(plan: Plan) -> str:
+def attention_name(plan: Plan) -> str:
     """What transformers calls the plan's attention."""
     return plan.attention if plan.attention != "products" else attention.implementation(plan.attention_kernels)
 

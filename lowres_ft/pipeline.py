@@ -15,6 +15,7 @@ from lowres_ft import (
     bases,
     batches,
     behaviour,
+    budget,
     bundle,
     card,
     checking,
@@ -114,6 +115,8 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     recipe.task.prepare(model.load_tokenizer(base.folder))
     quantize.require_widths(profile, recipe.model.quantize)
     train.require_optimizer(recipe.train, machine.device)
+    resolved = recipe.model_copy(update={"task": rows.task})
+    plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine)
     return Rehearsal(
         rows=sizes,
         labels=rows.task.names,
@@ -121,7 +124,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         trainable_parameters=profiles.trainable(recipe.method, profile),
         profile=profile,
         steps=train.total_steps(recipe.train, sizes["train"]),
-        plan=plans.make(recipe, profile, machine),
+        plan=plan,
     )
 
 
@@ -205,7 +208,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     """Load the base and tokenize the rows; what cannot work is told before any weight is read."""
     base = bases.resolve(resolved.model, _progress(listen))
     profile = profiled(resolved, resolved.task, base, machine)
-    plan = plans.make(resolved, profile, machine)
+    plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine), machine)
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))

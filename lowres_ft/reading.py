@@ -7,7 +7,7 @@ quantizer of ours, registered there, gets each of them in turn.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -65,19 +65,10 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
         """Make room for all codes first: between weights that come and go, memory would be left in pieces."""
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         self.single = kept_single(model, self.config.dtype)
-        spec, keep = self.config.spec, self.config.keep
-        # Layers that overflow in fp16 are not quantized either, as by other programs.
-        never = set(model._keep_in_fp32_modules or ())  # noqa: SLF001
-        names = [name for name, _ in profiles.linear_layers(model, keep) if not never.intersection(name.split("."))]
-        forms = dict.fromkeys(names, spec.quantize)
-        if spec.quantize_embeddings:
-            tied = set(model.all_tied_weights_keys or ())
-            forms |= {name: "int8" for name in embedding.layers(model) if f"{name}.weight" not in tied}
-        for name, form in forms.items():
-            module = model.get_submodule(name)
-            turned = isinstance(module, Conv1D)
-            shape = module.weight.t().shape if turned else module.weight.shape
-            self.rooms[f"{name}.weight"] = quantize.empty(shape, form, self.config.device)
+        self.rooms = {
+            f"{name}.weight": quantize.empty(shape(model.get_submodule(name)), form, self.config.device)
+            for name, form in forms(model, self.config.spec, self.config.keep).items()
+        }
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         """Whether a tensor passes through `kept`; transformers compares no shapes of those that do."""
@@ -115,6 +106,25 @@ class _Keep(ConversionOps):  # type: ignore[misc]
         assert model is not None
         found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         return {name: self.reader.kept(model, name, value) for name, value in found.items()}
+
+
+def forms(model: PreTrainedModel, spec: ModelSpec, keep: tuple[str, ...]) -> dict[str, str]:
+    """The layers of a model that are quantized, but for those in `keep`, each with its format."""
+    # Layers that overflow in fp16 are not quantized either, as by other programs.
+    never = set(model._keep_in_fp32_modules or ())  # noqa: SLF001
+    names = [name for name, _ in profiles.linear_layers(model, keep) if not never.intersection(name.split("."))]
+    found: dict[str, str] = dict.fromkeys(names, spec.quantize)
+    if spec.quantize_embeddings:
+        tied = set(model.all_tied_weights_keys or ())
+        found |= {name: "int8" for name in embedding.layers(model) if f"{name}.weight" not in tied}
+    return found
+
+
+def shape(module: nn.Module) -> torch.Size:
+    """(outputs, inputs) of a layer's weight."""
+    held = module.weight
+    assert isinstance(held, Tensor)
+    return held.t().shape if isinstance(module, Conv1D) else held.shape
 
 
 def kept_single(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:

@@ -22,6 +22,7 @@ from lowres_ft.clean import known
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
 from lowres_ft.overrides import override
+from lowres_ft.sizes import parse_bytes
 from lowres_ft.spec import Spec, problems, shown, unknown
 from lowres_ft.tasks.base import Task
 
@@ -118,9 +119,20 @@ class TrainSpec(Spec):
 class BudgetSpec(Spec):
     """What the machine may spend; nothing here changes the result beyond rounding."""
 
+    memory: str | None = None
+    """Most that a run may hold, such as `4GiB`; `auto` for what is free. The plan is made more frugal until it fits, or
+    an error tells what would save how much. Null for no bound."""
+
     recompute: Literal["auto", "none", "layers", "selective"] = "auto"
     """Compute activations again in the backward pass: of whole layers, for least memory; or but for the products of
     frozen weights, for less time. `auto` leaves it to the plan."""
+
+    @field_validator("memory")
+    @classmethod
+    def _a_size(cls, memory: str | None) -> str | None:
+        if memory is not None and memory != "auto":
+            parse_bytes(memory)
+        return memory
 
 
 class Title(Spec):

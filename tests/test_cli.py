@@ -50,6 +50,7 @@ def cli(monkeypatch, capsys) -> Iterator[Callable[..., Done]]:
 def test_the_commands_are_those_of_the_readme():
     assert list(COMMANDS) == [
         *("recipe", "list", "show", "check", "curve", "new"),
+        *("plan", "models", "doctor"),
         *("evaluate", "compare", "predict", "chat", "merge", "verify", "base"),
     ]
 
@@ -75,10 +76,10 @@ def test_every_command_and_every_option_has_help(name, cli):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_options_are_called_the_same_everywhere(name):
     options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    with_device = {"recipe", "plan", "models", "curve", "evaluate", "compare", "predict", "chat", "merge", "verify"}
     assert "--json" in options or name in ("predict", "chat")
-    assert "--quiet" in options or name in ("list", "show", "new")
-    devices = ("recipe", "curve", "evaluate", "compare", "predict", "chat", "merge", "verify")
-    assert ("--device" in options) == (name in devices)
+    assert "--quiet" in options or name in ("list", "show", "new", "models", "doctor")
+    assert ("--device" in options) == (name in with_device)
 
 
 def test_version(cli):

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import lowres_ft
-from lowres_ft.cli import bundles, chat, checks, comparing, recipes
+from lowres_ft.cli import bundles, chat, checks, comparing, machine, recipes
 from lowres_ft.errors import LowresError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(recipes.recipe, recipes.list_, recipes.show, checks.check, checks.curve, recipes.new),
+    *(machine.plan, machine.models, machine.doctor),
     *(bundles.evaluate, comparing.compare, bundles.predict, chat.chat, bundles.merge, bundles.verify, bundles.base),
 )
 for _command in _COMMANDS:

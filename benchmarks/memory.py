@@ -1,0 +1,130 @@
+"""How well memory is known before a run: `python -m benchmarks.memory [--fit] [--work FOLDER] [--out FILE]`.
+
+Each run of `memory_runs` trains a base with random weights for a few steps, in a process of its own, whose peak is
+compared with what the plan said. `--fit` first finds, on the runs that are for it, what a process takes beside its
+tensors, and writes it to `lowres_ft/tables/memory.json`; the others judge. Only memory counts, so it may run while
+others use the processor. Runs whose results lie in the folder of work are not run again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import shapes
+from benchmarks.memory_runs import FITTED, JUDGED, Run
+from lowres_ft import bases, device, files, memory, profiles
+from lowres_ft.memory import Memory
+from lowres_ft.plan import Plan
+
+_ROWS = 250
+_TABLE = Path(memory.__file__).parent / "tables" / "memory.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run, what was told of it, and what it took."""
+
+    run: Run
+    told: Memory
+    made: float
+    """Bytes that a step makes, which an allocator may leave in pieces."""
+    single: bool
+    """Whether the weights are held in fp32."""
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """Of what was told, as a share of what was measured."""
+        return self.told.total / self.measured - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record."""
+        told = self.told.to_json()
+        return {"run": self.run.name, "told": told, "measured": self.measured, "error": self.error}
+
+
+def result(run: Run, work: Path) -> Result:
+    """Measure a run, if it was not, and tell its memory."""
+    base = work / run.shape
+    if not base.exists():
+        shapes.write_base(run.shape, base)
+    rows = work / f"{run.task}-{run.length}.jsonl"
+    if not rows.exists():
+        shapes.write_rows(rows, run.task, run.length, _ROWS)
+    out = work / f"{run.key}.json"
+    if not out.exists():
+        job = {"base": str(base), "rows": str(rows), "task": run.task, "length": run.length, "changes": run.changes}
+        place = work / f"{run.key}.job.json"
+        place.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "benchmarks.resident", str(place)], check=True)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    kernels = {int(length): kernel for length, kernel in found["plan"]["attention_kernels"].items()}
+    plan = Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
+    recipe = shapes.recipe(base, rows, run.task, run.length, *run.changes)
+    known = bases.resolve(recipe.model)
+    told, account = memory.estimate(recipe, known, profiles.profile(known, recipe.task), plan)
+    made = max(account.training.bytes, account.evaluation.bytes)
+    single = memory.holds_single(recipe, plan)
+    return Result(run, told, made, single, int(found["stages"]["evaluated"]["peak"]))
+
+
+def fit(results: list[Result], imported: int) -> dict[str, Any]:
+    """Least squares of relative errors: what comes with a model, and what an allocator leaves in pieces in 16 bits."""
+    tensors = [
+        sum(size for name, size in r.told.terms.items() if name not in ("libraries", "allocator")) for r in results
+    ]
+    rest = np.array([r.measured - imported - size for r, size in zip(results, tensors, strict=True)])
+    sixteen = np.array([0.0 if r.single else 1.0 for r in results])
+    columns = np.stack([np.ones(len(results)), sixteen, sixteen * [r.made for r in results]], axis=1)
+    weights = 1 / np.array([r.measured for r in results])
+    found = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    code, allocator, fragmentation = (float(value) for value in found)
+    return {
+        "libraries": imported,
+        "model_code": round(code),
+        "allocator": round(allocator),
+        "fragmentation": round(fragmentation, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory that was told, beside memory that was measured.")
+    parser.add_argument("--fit", action="store_true", help="Fit the constants first, and write them.")
+    parser.add_argument(
+        "--work", type=Path, default=Path("benchmarks/work/memory"), help="Where bases and results lie."
+    )
+    parser.add_argument("--out", type=Path, help="Where to write the record.")
+    parser.add_argument("--known", action="store_true", help="Take only runs that lie in the folder of work already.")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    fitted, judged = (
+        [run for run in runs if not given.known or (given.work / f"{run.key}.json").exists()]
+        for runs in (FITTED, JUDGED)
+    )
+    if given.fit:
+        table = json.loads(_TABLE.read_text(encoding="utf-8"))
+        results = [result(run, given.work) for run in fitted]
+        read = [json.loads((given.work / f"{run.key}.json").read_text())["stages"]["read"]["now"] for run in fitted]
+        files.write_json(_TABLE, table | {"cpu": fit(results, round(statistics.median(read)))})
+    record = []
+    for name, runs in (("fitted", fitted), ("judged", judged)):
+        results = [result(run, given.work) for run in runs]
+        print(f"{name:<76} {'told':>8} {'measured':>8}  error")
+        for one in results:
+            print(f"{one.run.name:<76} {one.told.total / 1e6:>6.0f}MB {one.measured / 1e6:>6.0f}MB  {one.error:+.1%}")
+        errors = [abs(one.error) for one in results]
+        print(f"{'':<76} median {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+        record += [one.to_json() | {"for": name} for one in results]
+    if given.out:
+        files.write_json(given.out, {"versions": device.versions(), "runs": record})
+
+
+if __name__ == "__main__":
+    main()

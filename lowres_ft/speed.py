@@ -1,0 +1,95 @@
+"""How fast a device computes, and what a step takes at that rate.
+
+An operation takes as long as its products or as the bytes that it reads and writes, whichever is longer (the roofline
+of Williams et al. 2009, doi:10.1145/1498765.1498785), and some time to be started.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lowres_ft import tables, timings
+from lowres_ft.device import Dtype, Machine
+from lowres_ft.simulate import Pass
+from lowres_ft.spec import Spec
+
+_PRODUCT = {"cpu": 1024, "mps": 2048, "cuda": 4096}
+_COPIED = 2**26  # elements of fp32, more than a cache holds
+
+
+class Rates(Spec):
+    """What a device can do at its best."""
+
+    flops: dict[str, float]
+    """FLOPs a second of a large product, by dtype."""
+    bandwidth: float
+    """Bytes a second that are read or written."""
+
+    def flops_in(self, dtype: str) -> float:
+        """FLOPs a second in a dtype; of one that was not measured, those of the slowest."""
+        return self.flops.get(dtype, min(self.flops.values()))
+
+
+class Share(Spec):
+    """How much of its best a device reaches in training: a processor's as measured, a GPU's as is usual."""
+
+    products: float
+    """Of the FLOPs of products."""
+    bandwidth: float
+    """Of the bytes of a copy that no cache holds; above 1 where caches hold most of what a step touches."""
+    start: float
+    """Seconds that it takes to start an operation."""
+
+
+def seconds(done: Pass, dtype: Dtype, rates: Rates, kind: str) -> float:
+    """How long a micro-batch takes on a device of a kind, 'cpu' or 'cuda'."""
+    shares = tables.read("speed")
+    share = Share.model_validate(shares.get(kind, shares["cuda"]))
+    flops, bandwidth = rates.flops_in(dtype) * share.products, rates.bandwidth * share.bandwidth
+    return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
+
+
+def known(machine: Machine) -> Rates:
+    """The rates of this machine, measured the first time and kept."""
+    return Rates.model_validate(timings.once(machine, "", f"rates {machine.device}", lambda: measured(machine.device)))
+
+
+def measured(device: str, each: float = 1.0) -> dict[str, Any]:
+    """Measure a device for `each` so many seconds: products in fp32 and bf16, and copies."""
+    kind = torch.device(device).type
+    size = _PRODUCT[kind]
+    flops = {}
+    for name in ("float32", "bfloat16"):
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
+        flops[name] = 2.0 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
+    given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
+    moved = 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), kind, each)
+    return {"flops": flops, "bandwidth": moved}
+
+
+def _best(run: Callable[[], Any], kind: str, most: float) -> float:
+    """Seconds of a call, the least of as many as fit into a time: others may use the device too."""
+    taken: list[float] = []
+    run()
+    while len(taken) < 3 or sum(taken) < most:
+        _wait(kind)
+        began = time.perf_counter()
+        run()
+        _wait(kind)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def _wait(kind: str) -> None:
+    """Let a GPU end what it was asked."""
+    if kind != "cpu":
+        getattr(torch, kind).synchronize()
+
+
+def of_table(entry: Mapping[str, Any]) -> Rates:
+    """The rates that a device's maker states: TFLOPs by dtype, GB a second."""
+    return Rates(
+        flops={name: 1e12 * value for name, value in entry["tflops"].items()}, bandwidth=1e9 * entry["bandwidth"]
+    )

@@ -1,0 +1,124 @@
+import pytest
+
+from lowres_ft import bases as base_module
+from lowres_ft import budget, device, memory, profiles
+from lowres_ft import plan as plans
+from lowres_ft.errors import ModelError, RecipeError
+from lowres_ft.methods.lora import Lora
+from tests import conftest
+
+
+@pytest.fixture
+def made(bases, reviews):
+    """A recipe on a tiny base, its profile, and a plan with room to save."""
+
+    def make(*changes):
+        recipe = conftest.recipe(bases("bert"), reviews, *changes)
+        base = base_module.resolve(recipe.model)
+        profile = profiles.profile(base, recipe.task)
+        return recipe, base, profile, plans.make(recipe, profile, device.find("cpu"))
+
+    return make
+
+
+def needs(recipe, plan):
+    """Bytes of an imagined run: 100 a token, less where it is told to save."""
+    factor = {"none": 100, "selective": 60, "layers": 30}[plan.recompute]
+    factor -= 5 * ("kept" not in plan.attention_kernels.values())
+    held = {"none": 80_000, "int8": 40_000, "nf4": 20_000}[recipe.model.quantize]
+    return held + factor * plan.micro_batch_tokens * recipe.task.max_length // 32
+
+
+def test_what_fits_is_left_as_it_is(made):
+    recipe, _, profile, plan = made()
+    assert budget.settle(recipe, plan, profile, 10**9, needs) == plan
+
+
+def test_plans_get_more_frugal_in_the_order_of_what_that_costs(made):
+    recipe, _, profile, plan = made()
+    found = list(budget.plans(recipe, plan, profile))
+    assert [(one.micro_batch_tokens, one.recompute) for one in found[:-1]] == [
+        (2048, "none"),
+        (1024, "none"),
+        (512, "none"),
+        (256, "none"),
+        (256, "selective"),
+        (256, "layers"),
+    ]
+    assert set(found[-2].attention_kernels.values()) == {"kept"}
+    assert set(found[-1].attention_kernels.values()) == {"recomputed"}
+    assert all(one.evaluation_tokens == 2 * one.micro_batch_tokens for one in found)
+
+
+@pytest.mark.parametrize(
+    ("most", "tokens", "recompute"),
+    [(290_000, 2048, "none"), (200_000, 1024, "none"), (106_000, 256, "none"), (96_000, 256, "selective")],
+)
+def test_the_first_plan_that_fits_is_taken(most, tokens, recompute, made):
+    recipe, _, profile, plan = made()
+    found = budget.settle(recipe, plan, profile, most, needs)
+    assert (found.micro_batch_tokens, found.recompute) == (tokens, recompute)
+    assert needs(recipe, found) <= most
+
+
+def test_what_the_recipe_fixes_stays(made):
+    recipe, _, profile, plan = made("budget.recompute=none", "model.dropout=0.1")
+    found = list(budget.plans(recipe, plan, profile))
+    assert {(one.micro_batch_tokens, one.recompute) for one in found} == {(2048, "none")}
+
+
+def test_where_nothing_fits_every_change_is_told_with_what_it_saves(made):
+    recipe, _, profile, plan = made()
+    with pytest.raises(ModelError, match=r"needs 84 KiB at least, and may take 1000 B") as caught:
+        budget.settle(recipe, plan, profile, 1000, needs)
+    assert caught.value.hint.split("; ") == [
+        "model.quantize=nf4 saves 59 KiB",
+        "model.quantize=int8 saves 39 KiB",
+        "task.max_length=16 saves 3.1 KiB",
+    ]
+
+
+def test_full_fine_tuning_is_told_of_lora(made):
+    recipe, _, _, plan = made("method={kind: full}")
+
+    def held(one, _):
+        return 10 if isinstance(one.method, Lora) else 100
+
+    assert budget.Remedy("method.kind=lora", 90) in budget.remedies(recipe, plan, 100, held)
+
+
+def test_a_change_that_this_base_does_not_take_is_no_remedy(made):
+    recipe, base, profile, plan = made()  # of 32 inputs, which blocks of nf4 do not divide
+    told = budget.remedies(recipe, plan, 10**12, lambda one, by: memory.estimate(one, base, profile, by)[0].total)
+    changes = [remedy.change for remedy in told]
+    assert "model.quantize=int8" in changes
+    assert "model.quantize=nf4" not in changes
+
+
+def test_a_real_account_fits_what_it_says(made):
+    recipe, base, profile, plan = made("budget.memory=600MiB")
+    found, _ = memory.estimate(recipe, base, profile, plan)
+    assert sum(found.terms.values()) <= found.total == found.to_json()["total"]
+    assert budget.within(recipe, base, profile, plan, device.find("cpu")) in list(budget.plans(recipe, plan, profile))
+
+
+def test_a_run_that_cannot_fit_ends_before_weights_are_read(lowres, bases, reviews, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(conftest.recipe(bases("bert"), reviews, "budget.memory=1MiB").to_yaml(), encoding="utf-8")
+    code, _, told = lowres("recipe", path, "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 2
+    assert "and may take 1.0 MiB" in told
+    assert "loading" not in told
+
+
+@pytest.mark.parametrize("value", ["6", "lots", "0GiB", "6gib"])
+def test_a_budget_is_a_size(value, bases, reviews):
+    with pytest.raises(RecipeError, match=r"budget\.memory: must be"):
+        conftest.recipe(bases("bert"), reviews, f"budget.memory='{value}'")
+
+
+def test_the_room_is_what_was_asked_for_or_what_is_free(made):
+    machine = device.find("cpu")
+    assert budget.room(made()[0], machine) is None
+    assert budget.room(made("budget.memory=2GiB")[0], machine) == 2 * 1024**3
+    assert 0 < budget.room(made("budget.memory=auto")[0], machine) <= device.total_bytes("cpu")

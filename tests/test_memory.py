@@ -1,0 +1,77 @@
+"""The memory model: its terms, its fit, and the process's own peak."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import memory as judge
+from benchmarks import memory_runs, shapes
+from lowres_ft import device, memory, tables
+from lowres_ft.memory import Memory
+
+TERMS = dict.fromkeys(Memory.__dataclass_fields__, 0)
+
+
+def result(made, *, single, measured, linears):
+    told = Memory(**TERMS | {"linears": linears})
+    return judge.Result(memory_runs.FITTED[0], told, made, single, measured)
+
+
+def test_a_fit_finds_what_was_put_in():
+    results = [
+        result(1e8, single=False, measured=480 + 60 + 30 + 25 + 10, linears=10),
+        result(4e8, single=False, measured=480 + 60 + 30 + 100 + 90, linears=90),
+        result(9e8, single=False, measured=480 + 60 + 30 + 225 + 70, linears=70),
+        result(5e8, single=True, measured=480 + 60 + 500, linears=500),
+    ]
+    scaled = [
+        result(one.made, single=one.single, measured=one.measured * 10**6, linears=one.told.linears * 10**6)
+        for one in results
+    ]
+    found = judge.fit(scaled, 480 * 10**6)
+    assert found["model_code"] == pytest.approx(60e6, rel=1e-3)
+    assert found["allocator"] == pytest.approx(30e6, rel=1e-3)
+    assert found["fragmentation"] == pytest.approx(0.25, rel=1e-3)
+
+
+def test_the_runs_that_judge_are_not_those_that_were_fitted():
+    assert not set(memory_runs.FITTED) & set(memory_runs.JUDGED)
+    assert len(memory_runs.FITTED) == 12
+    assert len(memory_runs.JUDGED) >= 16
+    keys = [run.key for run in (*memory_runs.FITTED, *memory_runs.JUDGED)]
+    assert len({*keys}) == len(keys)
+    assert {run.shape for run in (*memory_runs.FITTED, *memory_runs.JUDGED)} == {*shapes.SHAPES}
+
+
+def test_every_run_is_a_recipe(tmp_path):
+    for run in (*memory_runs.FITTED, *memory_runs.JUDGED):
+        found = shapes.recipe(tmp_path, tmp_path / "rows.jsonl", run.task, run.length, *run.changes)
+        assert found.task.max_length == run.length
+
+
+def test_the_fitted_constants_are_sizes_of_a_process():
+    for kind in tables.read("memory").keys() - {"fitted_by"}:
+        fitted = memory.Fitted.of(kind)
+        assert 3e8 < fitted.libraries + fitted.model_code < 1e9
+        assert 0 <= fitted.fragmentation < 1
+
+
+def test_loading_may_take_more_than_training():
+    held = Memory(**TERMS | {"libraries": 10, "activations": 5, "loading": 40})
+    assert held.total == 40
+    assert "loading" not in held.terms
+    assert held.to_json() == {"total": 40, **asdict(held)}
+
+
+def test_a_peak_is_the_process_s_own_and_not_its_parent_s():
+    code = "from lowres_ft.device import peak_bytes; print(peak_bytes('cpu'))"
+    parent = (
+        "import subprocess, sys; held = bytearray(3 * 2**30 // 2); held[::4096] = b'x' * len(held[::4096]);"
+        f"print(subprocess.run([sys.executable, '-c', {code!r}], capture_output=True, text=True, check=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 10**8 < json.loads(done.stdout) < 10**9
+    assert device.peak_bytes("cpu") > 10**8
