@@ -252,7 +252,8 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
         write_json(folder / "adapter_config.json", peft_config(adapted))
     tokenizer = model.load_tokenizer(adapted.base.folder)
     resolved.task.prepare(tokenizer)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
     write_bytes(folder / "recipe.yaml", resolved.to_yaml().encode())
 
 

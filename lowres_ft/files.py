@@ -4,9 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,24 +27,72 @@ def cache_dir() -> Path:
     return user_cache_path("lowres-ft")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it holds either its old content or all of `data`.
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file so that it holds either its old content or all of `data`, which may come in parts.
+
+    A link is followed; what is no file, such as /dev/stdout, is written to as it is.
 
     Raises:
         OutputError: The disk or the folder does not allow it.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    parts = [data] if isinstance(data, bytes) else data
     with writing(path):
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with open(path, "wb") as stream:
+                stream.writelines(parts)
+            return
+        temporary = _draft_name(path)
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
         sync(path.parent)
+
+
+def _draft_name(place: Path) -> Path:
+    """Where this process makes what shall stand at `place`; what killed ones left there is removed."""
+    remove_stale(place)
+    return place.with_name(f".{place.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def is_draft(name: str) -> bool:
+    """Whether a file or folder of this name is one that `write_bytes` or `draft` had not finished."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{6}-\d+\.tmp", name) is not None
+
+
+def remove_stale(place: Path) -> None:
+    """Remove what processes of this host that were killed left of their work on `place`."""
+    ours = re.compile(re.escape(f".{place.name}.{_host()}-") + r"(\d+)\.tmp")
+    with suppress(OSError):  # it is tried again the next time
+        for entry in os.scandir(place.parent):
+            if (found := ours.fullmatch(entry.name)) and not _runs(int(found[1])):
+                remove(Path(entry.path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _runs(process: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(process))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,12 +116,32 @@ def sync(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into an OutputError that names `path`."""
+    """Turn an OSError inside into an OutputError that names `path`; also one that a library in Rust tells in words."""
     try:
         yield
     except OSError as error:
-        hint = "Make room or choose another place with --out."
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}", hint=hint) from error
+        raise _cannot(path, error.strerror or str(error)) from error
+    except Exception as error:
+        if told := re.search(r"\(os error (\d+)\)", str(error)):
+            raise _cannot(path, os.strerror(int(told[1]))) from error
+        raise
+
+
+def _cannot(path: Path, why: str) -> OutputError:
+    return OutputError(f"{path}: cannot be written: {why}", hint="Make room or choose another place with --out.")
+
+
+@contextmanager
+def draft(place: Path) -> Iterator[Path]:
+    """A new folder beside `place` to make what shall stand there, until `publish` moves it; else it goes afterwards."""
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = _draft_name(place)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(folder: Path, place: Path) -> None:

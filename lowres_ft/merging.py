@@ -1,8 +1,6 @@
 """Merging an adapter into its base, and proof that nothing changed."""
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -15,7 +13,7 @@ from lowres_ft.batches import Tokens, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.device import Machine
 from lowres_ft.errors import AssetError, BundleError, DataError, OutputError
-from lowres_ft.files import publish, write_bytes, writing
+from lowres_ft.files import draft, publish, write_bytes, writing
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.prediction import held_out
@@ -81,7 +79,7 @@ def merge(
     """
     out = Path(out)
     _require_mergeable(bundle, out, base, quantize)
-    with _beside(out) as work:
+    with draft(out) as work:
         adapted, plan = bundle.load(machine, dtype="float32", quantize="none", base=base)
         compared = _compared(bundle, adapted, work, rows)
         before = _Answers.of(adapted, plan, compared)
@@ -126,16 +124,6 @@ def _quantized(bundle: Bundle, adapted: Adapted, folder: Path, form: str) -> Ada
     model.load_tokenizer(bundle.folder).save_pretrained(folder / form)
     write_bytes(folder / form / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=small)
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder of our own on the disk of `out`, which goes afterwards."""
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
-    with folder as name:
-        yield Path(name)
 
 
 @dataclass(frozen=True)

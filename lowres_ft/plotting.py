@@ -1,5 +1,6 @@
 """A learning curve drawn, as SVG and PNG."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def draw(curve: Curve, folder: Path, title: str) -> None:
     axes.set(xlabel="training rows", ylabel=f"{curve.metric} on test", title=title)
     axes.legend(frameon=False)
     for ending in ("svg", "png"):
-        path = folder / f"curve.{ending}"
-        with files.writing(path):
-            # Without a date, so that the same curve is the same file.
-            figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
+        drawn = io.BytesIO()
+        # Without a date, so that the same curve is the same file.
+        figure.savefig(drawn, format=ending, dpi=150, metadata={"Date": None} if ending == "svg" else None)
+        files.write_bytes(folder / f"curve.{ending}", drawn.getvalue())

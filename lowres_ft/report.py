@@ -31,6 +31,8 @@ class Measured:
     """Of each step."""
     evaluations: tuple[tuple[int, float], ...]
     """Steps and the first metric on validation after them."""
+    resumed: int = 0
+    """How often the run went on after it was interrupted; steps and evaluations are those of all its parts."""
 
     @classmethod
     def of(
@@ -59,6 +61,7 @@ class Measured:
             "steps": self.steps,
             "best_step": self.best_step,
             "peak_bytes": self.peak_bytes,
+            "resumed": self.resumed,
         }
 
     def curves(self) -> dict[str, Any]:

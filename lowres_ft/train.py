@@ -1,4 +1,9 @@
-"""The one training loop: a generator of steps. Saving, logging and stopping live with whoever consumes it."""
+"""The one training loop: a generator of steps. Saving, logging and stopping live with whoever consumes it.
+
+No random generator's state is part of a run. Order follows from (seed, epoch), an adapter's dropout from (seed, step,
+example, module), and dropout inside the base from a seed that is set anew for each micro-batch: `TrainState` is all that
+a step depends on beside the data.
+"""
 
 import math
 import time
@@ -12,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres_ft import libraries
+from lowres_ft import libraries, stopping
 from lowres_ft.batches import Tokens, steps, steps_per_epoch
 from lowres_ft.device import Machine, sum_over_processes
 from lowres_ft.errors import TrainingError
@@ -80,13 +85,13 @@ class TrainState:
         if self.best is not None:
             self.adapted.restore(self.best)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of everything that the rest of a run depends on."""
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
+    def state_dict(self, *, copied: bool = True) -> dict[str, Any]:
+        """Everything that the rest of a run depends on, in copies or as it lies here."""
+        copy = _cloned if copied else dict
         return {
-            "numbers": numbers,
-            "tensors": {name: tensor.clone() for name, tensor in self.adapted.tensors().items()},
-            "optimizer": _cloned(self.optimizer.state_dict()),
+            "numbers": {name: getattr(self, name) for name in _NUMBERS},
+            "tensors": copy(self.adapted.tensors()),
+            "optimizer": copy(self.optimizer.state_dict()),
             "best": None if self.best is None else dict(self.best),
         }
 
@@ -180,6 +185,7 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
 
     Raises:
         TrainingError: The loss or the gradient is not finite; the message names step, rate and rows.
+        Stopped: A signal came; `state` stands after the last whole step.
     """
     spec = state.spec
     for rows in islice(steps(tokens, spec.batch_size, spec.seed), state.step, None):
@@ -221,6 +227,7 @@ def _gradients(
             if not math.isfinite(summed):
                 raise TrainingError(_not_finite("loss", state.step, rate, tokens.where(part)), hint=_NOT_FINITE_HINT)
             loss += summed / count
+            stopping.check()  # a step that is half done is dropped
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         if machine.processes > 1:
             sum_over_processes([*gradients, loss])

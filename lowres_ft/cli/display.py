@@ -35,6 +35,7 @@ class Display:
         self.task: TaskID | None = None
         self.shown = 0.0
         self.loss: float | None = None
+        self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
 
@@ -58,9 +59,10 @@ class Display:
                 self._advance(f"fetching {what}", done, total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
             case Trained(step, total):
                 self.loss = step.loss if self.loss is None else _SMOOTH * self.loss + (1 - _SMOOTH) * step.loss
+                self.steps += 1
                 self.tokens += step.tokens
                 self.seconds += step.seconds
-                left = (total - step.number) * self.seconds / step.number
+                left = (total - step.number) * self.seconds / self.steps
                 figures = f"loss {self.loss:.3f}  {self.tokens / self.seconds:,.0f} tokens/s"
                 self._advance("training", step.number, total, figures, f"  {left:.0f} s left")
             case Evaluated(number, name, value):

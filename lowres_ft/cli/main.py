@@ -1,16 +1,16 @@
 """The entry point: it catches what a user can mend, and turns signals into exit codes."""
 
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 import lowres_ft
+from lowres_ft import stopping
 from lowres_ft.cli import bundles, chat, checks, comparing, machine, recipes
 from lowres_ft.errors import LowresError
+from lowres_ft.stopping import Stopped
 
 app = typer.Typer(
     name="lowres-ft",
@@ -44,25 +44,16 @@ def _options(
     """Fine-tune small pretrained models on small machines, and share what comes of it."""
 
 
-class _Stopped(SystemExit):
-    """A signal: unwinds everything, and click lets it pass."""
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Stopped(128 + number)
-
-
 def main() -> None:
     """Run the command line. Exit 2 for a LowresError, 130 and 143 for signals; anything else keeps its traceback."""
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    stopping.install()
     try:
         app(prog_name="lowres-ft")
     except LowresError as error:
         _complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
         _complain(*getattr(error, "__notes__", ()))
         sys.exit(2)
-    except _Stopped as stopped:
+    except Stopped as stopped:
         _complain("interrupted", *getattr(stopped, "__notes__", ()))
         sys.exit(stopped.code)
 
