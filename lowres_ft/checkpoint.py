@@ -114,8 +114,10 @@ def save(found: Contents, folder: Path) -> Path:
             with files.writing(place):
                 save_file(_storable(found.tensors), made / _TENSORS)
             files.write_json(made / _STATE, found.values)
-            written = {name: {"sha256": files.sha256(made / name), "size": (made / name).stat().st_size}
-                       for name in (_TENSORS, _STATE)}
+            written = {
+                name: {"sha256": files.sha256(made / name), "size": (made / name).stat().st_size}
+                for name in (_TENSORS, _STATE)
+            }
             files.write_json(made / _MANIFEST, written)
             files.publish(made, place)
     for older in _complete(folder)[_KEPT:]:
@@ -168,11 +170,11 @@ def load(checkpoint: Checkpoint, state: TrainState, plan: Plan) -> Record:
 
 
 def discard(folder: Path) -> None:
-    """Remove what is no complete checkpoint."""
+    """Remove what is no complete checkpoint, and those that are newer than the newest good one."""
     if folder.is_dir():
-        good = set(_complete(folder))
+        good, _ = newest(folder)
         for place in folder.iterdir():
-            if place not in good:
+            if good is None or place.name > good.folder.name or place not in _complete(folder):
                 files.remove(place)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +30,8 @@ from lowres_ft import (
     profiles,
     quantize,
     report,
+    resuming,
+    stopping,
     train,
 )
 from lowres_ft import contrast as contrasts
@@ -37,6 +39,7 @@ from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
+from lowres_ft.checkpoint import Record
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.errors import BundleError
@@ -48,17 +51,24 @@ from lowres_ft.probes import Probe
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
-from lowres_ft.runs import Place, run_folder
+from lowres_ft.runs import Place, Wish, run_folder
+from lowres_ft.saving import Keeper
 from lowres_ft.tasks.base import Ragged, Task
-from lowres_ft.train import Step
+from lowres_ft.train import TrainState
 
 
 def run(
-    recipe: Recipe, out: str | Path | None = None, *, device_name: str = "auto", listen: Listener = unheard
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool | None = None,
+    device_name: str = "auto",
+    listen: Listener = unheard,
 ) -> Bundle:
     """Train, evaluate and bundle a recipe; return the bundle, which stands at `out` (default `runs/<name>`).
 
-    Started by accelerate's launcher, all processes share each step and the first one writes.
+    Started by accelerate's launcher, all processes share each step and the first one writes. An interrupted run goes
+    on from its newest checkpoint with `resume=True` and begins anew with `resume=False`; else it is an error.
 
     Raises:
         LowresError: Something that the user can mend; its kind says what.
@@ -68,19 +78,32 @@ def run(
     machine = device.find(device_name)
     if machine.rank:
         listen = unheard
-    with run_folder(recipe.name, out, machine) as place:
-        listen(Stage(f"reading {recipe.data.train}"))
-        rows = data.load(recipe, place.work, _progress(listen))
-        for text in rows.notes:
+    with run_folder(recipe.name, out, machine, Wish(recipe, resume)) as place:
+        for text in place.notes:
             listen(Note(text))
-        resolved = recipe.model_copy(update={"task": rows.task})
-        draft = _experiment(resolved, rows, machine, place, listen)
-        if draft is not None:
-            listen(Stage("loading what was written, and comparing"))
-            bundle.seal(draft.bundle, machine, draft.probe, draft.expected)
-            files.publish(place.draft, place.out)
+        if place.finished:
+            listen(Note(f"{place.out} is the finished bundle of this recipe"))
+        else:
+            _run(recipe, machine, place, listen)
     device.wait_for_all(machine)
     return bundle.open_bundle(place.out)
+
+
+def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> None:
+    listen(Stage(f"reading {recipe.data.train}"))
+    rows = data.load(recipe, place.work, _progress(listen))
+    if not machine.rank:
+        base = bases.resolve(recipe.model, _progress(listen))
+        told = resuming.note(place.folder, recipe, rows, base, machine, goes_on=place.found is not None)
+        rows = replace(rows, notes=(*rows.notes, *told))
+    for text in rows.notes:
+        listen(Note(text))
+    resolved = recipe.model_copy(update={"task": rows.task})
+    draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
+    if draft is not None:
+        listen(Stage("loading what was written, and comparing"))
+        bundle.seal(draft.bundle, machine, draft.probe, draft.expected)
+        files.publish(place.draft, place.out)
 
 
 @dataclass(frozen=True)
@@ -157,7 +180,9 @@ class _Draft:
     expected: Tensor | None
 
 
-def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener) -> _Draft | None:
+def _experiment(
+    resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener, digest: str
+) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
     ready = _checked(prepare(resolved, rows, machine, place, listen), machine, listen)
     contrast = before = None
@@ -166,8 +191,10 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
         contrast = contrasts.prepare(ready.adapted, ready.tokens)
         before = contrast.look(ready.adapted, ready.plan, outputs=True)
     listen(Stage(f"training on {len(ready.tokens['train']):,} rows"))
+    keeper = Keeper(place.checkpoints, resolved.train.checkpoint_every, place.found, writes=not machine.rank)
     with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
-        measured = fit(ready, machine, log, listen)
+        measured = fit(ready, machine, log, listen, keeper)
+    measured = replace(measured, resumed=int(resuming.known(place.folder).get("resumed", 0)))
     if machine.rank:
         return None
     listen(Stage("scoring beside the baselines"))
@@ -180,6 +207,7 @@ def _experiment(resolved: Recipe, rows: Data, machine: Machine, place: Place, li
     found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
     if contrast and before:
         found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
+    found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
     return _written(ready, found, machine, place)
 
 
@@ -208,7 +236,11 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     """Load the base and tokenize the rows; what cannot work is told before any weight is read."""
     base = bases.resolve(resolved.model, _progress(listen))
     profile = profiled(resolved, resolved.task, base, machine)
-    plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine), machine)
+    like = None if place.found is None else place.found.plan
+    plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine, like=like), machine)
+    plan, replanned = resuming.settled(plan, place.found)
+    for text in replanned:
+        listen(Note(text))
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
@@ -276,32 +308,45 @@ def _require_same_tokens(folder: Path, ready: Ready) -> None:
         raise BundleError("the tokenizer, saved and loaded again, reads the training rows differently")
 
 
-def fit(ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard) -> Measured:
+def fit(
+    ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard, keeper: Keeper | None = None
+) -> Measured:
     """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model.
 
-    A line of JSON for each step and each evaluation goes to `log`.
+    A line of JSON for each step and each evaluation goes to `log`. A `keeper` says where the run goes on and saves it.
     """
     adapted, tokens, plan = ready.adapted, ready.tokens, ready.plan
+    keeper = keeper or Keeper()
     state = train.start(ready.recipe, adapted, tokens["train"], plan)
-    spec, task = state.spec, adapted.task
+    record = keeper.begin(state, plan, log)
+    spec = state.spec
     every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
-    steps: list[Step] = []
-    evaluations: list[tuple[int, float]] = []
-    for step in train.train(state, tokens["train"], plan, machine):
-        steps.append(step)
-        log.write(json.dumps(asdict(step)) + "\n")
-        listen(Trained(step, state.total))
-        if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
-            predicted = evaluate.outputs(adapted, tokens["validation"], plan)
-            truth = tokens["validation"].truth
-            value = evaluate.metric(task.tune(truth, predicted), truth, predicted)  # as the end result is scored
-            value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
-            state.record(value)
-            evaluations.append((step.number, value))
-            log.write(json.dumps({"number": step.number, task.metric: value}) + "\n")
-            listen(Evaluated(step.number, task.metric, value))
+    with keeper.watching(state, record, plan):
+        steps = keeper.taken(train.train(state, tokens["train"], plan, machine), record, log)
+        while True:
+            due = state.step > 0 and (state.step % every == 0 or state.step == state.total)
+            if "validation" in tokens and due and not record.evaluated(state.step):
+                _evaluate(ready, machine, state, record, log, listen)
+            keeper.keep(state, record, plan)
+            if (step := next(steps, None)) is None:
+                break
+            listen(Trained(step, state.total))
     state.restore_best()
-    return Measured.of(steps, evaluations, state.best_step, plan.device)
+    measured = Measured.of(record.steps, record.evaluations, state.best_step, plan.device)
+    return replace(measured, peak_bytes=max(record.peak_bytes, measured.peak_bytes))
+
+
+def _evaluate(ready: Ready, machine: Machine, state: TrainState, record: Record, log: TextIO, listen: Listener) -> None:
+    """Score the validation rows after the current step, for early stopping and the best step."""
+    tokens, task = ready.tokens["validation"], ready.adapted.task
+    predicted = evaluate.outputs(ready.adapted, tokens, ready.plan)
+    value = evaluate.metric(task.tune(tokens.truth, predicted), tokens.truth, predicted)  # as the end result is scored
+    value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
+    with stopping.deferred():
+        state.record(value)
+        record.evaluations.append((state.step, value))
+        log.write(json.dumps({"number": state.step, task.metric: value}) + "\n")
+    listen(Evaluated(state.step, task.metric, value))
 
 
 def _scores(

@@ -12,7 +12,7 @@ from lowres_ft.bases import Base
 from lowres_ft.checkpoint import Checkpoint
 from lowres_ft.data import Data
 from lowres_ft.device import Machine, versions
-from lowres_ft.errors import LowresError, OutputError
+from lowres_ft.errors import OutputError
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe
 from lowres_ft.spec import shown
@@ -148,14 +148,3 @@ def settled(made: Plan, found: Checkpoint | None) -> tuple[Plan, list[str]]:
         return made, [f"the run began on {kept.device} and goes on on {made.device} by a new plan: {ROUNDING}"]
     update = {name: getattr(made, name) for name in ("device", "threads", "processes")}
     return kept.model_copy(update=update), []
-
-
-def require_one_wish(resume: bool, restart: bool) -> bool | None:
-    """Whether to go on (True), to begin anew (False), or neither was asked for.
-
-    Raises:
-        LowresError: Both were.
-    """
-    if resume and restart:
-        raise LowresError("--resume goes on and --restart begins anew: not both", hint="Leave one of them out.")
-    return True if resume else False if restart else None

@@ -33,12 +33,10 @@ class Keeper:
         found: Checkpoint | None = None,
         *,
         writes: bool = True,
-        metric: str = "",
     ) -> None:
         self.folder = folder if writes else None
         self.every = "none" if every == "off" else every
         self.found = found
-        self.metric = metric
         self.cost = 0.0
         self.began = time.monotonic()
         self.saved = ""
@@ -59,7 +57,9 @@ class Keeper:
             for step in record.steps:
                 log.write(json.dumps(asdict(step)) + "\n")
                 if step.number in evaluations:
-                    log.write(json.dumps({"number": step.number, self.metric: evaluations[step.number]}) + "\n")
+                    log.write(
+                        json.dumps({"number": step.number, state.adapted.task.metric: evaluations[step.number]}) + "\n"
+                    )
         if self.folder is not None:
             bundle = sum(tensor.nbytes for tensor in state.adapted.tensors().values())
             whole = 4 * bundle  # weights, the optimizer's two moments and the best step's

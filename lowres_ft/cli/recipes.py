@@ -3,11 +3,15 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowres_ft.cli.options import Device, Json, Overrides, Quiet
+from lowres_ft.errors import LowresError
+
+if TYPE_CHECKING:
+    from lowres_ft.recipe import Recipe
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or the path of one.", show_default=False)]
 
@@ -19,6 +23,12 @@ def recipe(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, data and base, print the plan, and train nothing.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted, from its newest checkpoint.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove the checkpoints of a run that was interrupted, and begin anew.")
+    ] = False,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -26,6 +36,8 @@ def recipe(
     """Run a recipe: from data to a measured bundle."""
     from lowres_ft.recipe import load_recipe
 
+    if resume and restart:
+        raise LowresError("--resume goes on and --restart begins anew: not both", hint="Leave one of them out.")
     loaded = load_recipe(name, overrides or [])
     # The heavy libraries come after the recipe is known to be right.
     from lowres_ft import pipeline
@@ -33,11 +45,14 @@ def recipe(
     from lowres_ft.cli.display import listening
     from lowres_ft.device import is_first
 
+    going_on = True if resume else False if restart else None
+    if going_on is None and not (dry_run or quiet or as_json):
+        going_on = _asked(loaded, out)
     with listening(quiet) as listen:
         if dry_run:
             rehearsal = pipeline.rehearse(loaded, device_name=device, listen=listen)
         else:
-            bundle = pipeline.run(loaded, out, device_name=device, listen=listen)
+            bundle = pipeline.run(loaded, out, resume=going_on, device_name=device, listen=listen)
     if not is_first():
         return
     if dry_run:
@@ -49,6 +64,21 @@ def recipe(
         if as_json
         else summary.run(bundle.folder, report, bundle.recipe.task.trial)
     )
+
+
+def _asked(loaded: "Recipe", out: Path | None) -> bool | None:
+    """On a terminal, ask whether an interrupted run of the same experiment goes on; None where nothing was asked."""
+    from lowres_ft.device import is_first
+    from lowres_ft.runs import unfinished
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty() and is_first()):
+        return None
+    found = unfinished(loaded, out)
+    if found is None or not found.same:
+        return None
+    print(f"{found.out}.run holds an unfinished run of this recipe.", file=sys.stderr)
+    question = f"Go on from step {found.checkpoint.step} of {found.checkpoint.total}?"
+    return typer.confirm(question, default=True, err=True)
 
 
 def list_(as_json: Json = False) -> None:
