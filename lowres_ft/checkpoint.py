@@ -1,13 +1,14 @@
 """Checkpoints: all that the rest of a run depends on, in safetensors and JSON, whole or not there.
 
-Each is a folder `checkpoints/<step>-<evaluations>` with `tensors.safetensors` (the trained tensors, the optimizer's, the
-best step's, the figures of every step so far), `state.json` (all that is no tensor, and the plan) and, written last,
-`manifest.json` with each file's size and hash. Without a manifest that holds there is no checkpoint. Where the data go on
-follows from the step, and nothing random is kept: see `train`.
+Each is a folder `checkpoints/<step>-<evaluations>` with `tensors.safetensors` (the trained tensors, the optimizer's,
+the best step's, the figures of every step so far), `state.json` (all that is no tensor, and the plan) and, written
+last, `manifest.json` with each file's size and hash. Without a manifest that holds there is no checkpoint. Where the
+data go on follows from the step, and nothing random is kept: see `train`.
 """
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from lowres_ft import files
 from lowres_ft.errors import OutputError
 from lowres_ft.plan import Plan
+from lowres_ft.sizes import show_bytes
 from lowres_ft.train import Step, TrainState
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -241,13 +243,9 @@ def require_room(folder: Path, needed: int) -> None:
     Raises:
         OutputError: It has less room than `needed` bytes.
     """
-    import shutil
-
-    from lowres_ft.sizes import show_bytes
-
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
             f"{folder}: the bundle and the checkpoints need {show_bytes(needed)}, and {show_bytes(free)} are free",
-            hint="Make room, choose another place with --out, or train without checkpoints: train.checkpoint_every=none.",
+            hint="Make room, choose another place with --out, or use train.checkpoint_every=none.",
         )

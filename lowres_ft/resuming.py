@@ -123,7 +123,7 @@ def note(folder: Path, recipe: Recipe, rows: Data, base: Base, machine: Machine,
     """
     data = {f"data.{name}": value for name, value in rows.fingerprint().items()}
     identity = {f"model.{name}": value for name, value in base.identity().items()}
-    place = {"device": machine.device, "host": machine.host, "threads": machine.threads}
+    place: dict[str, Any] = {"device": machine.device, "host": machine.host, "threads": machine.threads}
     place |= {"processes": machine.processes} | versions()
     told: tuple[str, ...] = ()
     resumed = 0

@@ -104,11 +104,9 @@ class Keeper:
             self._save(state, record, plan, beside=True)
 
     def _due(self, step: int) -> bool:
-        if self.thread is not None and self.thread.is_alive():
-            return False
         if isinstance(self.every, int):
             return step % self.every == 0
-        if self.every == "none":
+        if self.every == "none" or (self.thread is not None and self.thread.is_alive()):
             return False
         pause = max(_MINUTE, _SHARE * self.cost) if self.every == "auto" else parse_seconds(self.every)
         return time.monotonic() - self.began >= pause

@@ -1,8 +1,8 @@
 """The one training loop: a generator of steps. Saving, logging and stopping live with whoever consumes it.
 
 No random generator's state is part of a run. Order follows from (seed, epoch), an adapter's dropout from (seed, step,
-example, module), and dropout inside the base from a seed that is set anew for each micro-batch: `TrainState` is all that
-a step depends on beside the data.
+example, module), and dropout inside the base from a seed that is set anew for each micro-batch: `TrainState` is all
+that a step depends on beside the data.
 """
 
 import math
