@@ -144,7 +144,8 @@ def _extended(more: Pass, fewer: Pass, layers: int) -> Pass | None:
 
 
 def _adapted(recipe: Recipe, base: Base, profile: Profile, plan: Plan) -> Adapted:
-    """The model of a run, its weights fake, in the form in which they would be held."""
+    """The model of a run, its weights fake, in the form in which they would be held; its layers stay where they are."""
+    plan = plan.model_copy(update={"offload": "none"})
     task, method = recipe.task, recipe.method
     config = profiles.config(base, task)
     if not task.generates and hasattr(config.get_text_config(), "use_cache"):
