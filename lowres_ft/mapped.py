@@ -7,6 +7,7 @@ folder for temporary files may be memory itself.
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import IO, NamedTuple
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from lowres_ft.errors import OutputError
-from lowres_ft.files import cache_dir
+from lowres_ft.files import cache_dir, writing
 from lowres_ft.sizes import show_bytes
 
 _ALIGNED = 64  # bytes: PyTorch's own tensors begin so, and the last bit of a product follows from where they begin
+
+_PART, _PARTS = 2**23, 32  # bytes at once, and how often, to measure a disk
 
 
 class Room(NamedTuple):
@@ -60,6 +63,28 @@ class Block:
     def drop(self) -> None:
         """Give the pages back; what was written stays, in the file or on its way there."""
         self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def read_rate() -> float:
+    """Bytes a second of a new file in the cache's folder that is read in order, of which the system has nothing kept.
+
+    Raises:
+        OutputError: The disk does not hold it.
+    """
+    folder, room = cache_dir(), bytearray(os.urandom(_PART))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            for _ in range(_PARTS):
+                file.write(room)
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            began = time.perf_counter()
+            while file.readinto(room):
+                pass
+            return _PARTS * _PART / (time.perf_counter() - began)
 
 
 def possible() -> bool:

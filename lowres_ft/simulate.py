@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import model, profiles, quantize, reading
+from lowres_ft import model, profiles, quantize, reading, streaming
 from lowres_ft.bases import Base
 from lowres_ft.ledger import Cost, Kind, Ledger, nbytes
 from lowres_ft.linear import AdaptedLinear, LowRankLinear
@@ -57,6 +57,8 @@ class Held:
     """A copy of what is trained, as it was at the best evaluation so far."""
     largest: int
     """Elements of the largest tensor."""
+    passing: int = 0
+    """Of layers that pass through room for two of them, of which `linears` counts the room alone."""
 
     @property
     def total(self) -> int:
@@ -121,6 +123,8 @@ def _run(
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         adapted = _adapted(recipe, base, profile, plan)
         holding = held(adapted, recipe)
+        if plan.offload == "layers" and profile.stack is not None:
+            holding = _passing(holding, streaming.layer_bytes(adapted.model, profile.stack))
         for depth in depths:
             if depth < profile.layers and profile.stack is not None:
                 stack = adapted.model.get_submodule(profile.stack)
@@ -199,6 +203,12 @@ def held(adapted: Adapted, recipe: Recipe) -> Held:
         best=sum(map(nbytes, adapted.tensors().values())) if recipe.data.validation is not None else 0,
         largest=largest,
     )
+
+
+def _passing(holding: Held, layers: list[int]) -> Held:
+    """What is held where layers of so many bytes pass."""
+    elsewhere = sum(sorted(layers)[:-2])
+    return replace(holding, linears=max(0, holding.linears - elsewhere), passing=sum(layers))
 
 
 def _words(model: PreTrainedModel) -> set[int]:

@@ -10,7 +10,7 @@ from lowres_ft.recipe import load_recipe
 from lowres_ft.simulate import Pass
 from tests import conftest
 
-SLOW = speed.Rates(flops={"float32": 1e12, "bfloat16": 2e12}, bandwidth=1e10)
+SLOW = speed.Rates(flops={"float32": 1e12, "bfloat16": 2e12}, bandwidth=1e10, link=1e9)
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres_ft import evaluate, streaming
-from lowres_ft.recipe import Recipe
+from lowres_ft import evaluate
 from lowres_ft.train import train
-from tests import tiny, tiny_chat
+from tests import tiny
 from tests.conftest import Prepared, prepare, recipe
-from tests.test_methods import WIDE, wide
 from tests.test_recompute import METHODS
 from tests.test_train import randomize
 

@@ -1,0 +1,85 @@
+"""One run in a process of its own, its layers resident or passing: `python -m benchmarks.streamed JOB.json`.
+
+It trains a few steps and evaluates, and writes losses, seconds and what it read from the disk. With `cold` the pages of
+a layer leave the system's cache too as it is given back, as they would on a machine that has no memory to cache with.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+_PAGEOUT = 21  # MADV_PAGEOUT of Linux, which Python's mmap does not name
+
+
+def read_bytes() -> int:
+    """Bytes that this process had the disk read."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def leave_no_cache() -> None:
+    """Let each block leave the system's cache too as it is dropped; what the disk does not have yet cannot."""
+    from lowres_ft.mapped import Block
+
+    dropped = Block.drop
+
+    def drop(block: Block) -> None:
+        block.map.madvise(_PAGEOUT)
+        dropped(block)
+
+    Block.drop = drop  # type: ignore[method-assign]
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Train a recipe; return its losses, a hash of what was learned, and what each step took."""
+    if job["cold"]:
+        leave_no_cache()
+    from benchmarks import shapes
+    from lowres_ft import data, device, evaluate, pipeline, train
+    from lowres_ft.runs import run_folder
+
+    machine = device.find("cpu")
+    recipe = shapes.recipe(Path(job["base"]), Path(job["rows"]), "chat", job["length"], *job["changes"])
+    with tempfile.TemporaryDirectory() as folder, run_folder("streaming", Path(folder) / "out", machine) as place:
+        rows = data.load(recipe, place.work)
+        resolved = recipe.model_copy(update={"task": rows.task})
+        began = time.perf_counter()
+        ready = pipeline.prepare(resolved, rows, machine, place)
+        loading = time.perf_counter() - began
+        stream = ready.adapted.stream
+        for block in stream.place.layers if job["cold"] else ():
+            block.map.flush()
+        state = train.start(resolved, ready.adapted, ready.tokens["train"], ready.plan)
+        steps, read, last = [], [], read_bytes()
+        for step in train.train(state, ready.tokens["train"], ready.plan, machine):
+            steps.append(step)
+            read.append(read_bytes() - last)
+            last = read_bytes()
+        outputs = evaluate.outputs(ready.adapted, ready.tokens["validation"], ready.plan)
+    learned = hashlib.sha256()
+    for name, tensor in sorted(ready.adapted.tensors().items()):
+        learned.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return {
+        "losses": [step.loss.hex() for step in steps],
+        "evaluated": hashlib.sha256(outputs.values.tobytes()).hexdigest(),
+        "learned": learned.hexdigest(),
+        "loading_seconds": loading,
+        "step_seconds": [step.seconds for step in steps],
+        "step_tokens": [step.tokens for step in steps],
+        "step_read_bytes": read,
+        "most_layers": None if stream is None else stream.most,
+        "plan": ready.plan.model_dump(mode="json"),
+    }
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(job["out"]).write_text(json.dumps(measure(job)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
