@@ -21,11 +21,11 @@ from typing import Any
 _GIB = 2**30
 _EVERY = 0.01  # seconds between two looks at a process
 _LENGTH = 128
-_ROWS = 40
+_ROWS = 20
 _CHANGES = (
     "method.rank=4",
     "train.steps=4",
-    "train.batch_size=4",
+    "train.batch_size=2",
     "budget.recompute=layers",
 )
 WAYS: dict[str, dict[str, Any]] = {

@@ -124,7 +124,7 @@ def _run(
         adapted = _adapted(recipe, base, profile, plan)
         holding = held(adapted, recipe)
         if plan.offload == "layers" and profile.stack is not None:
-            holding = _passing(holding, streaming.layer_bytes(adapted.model, profile.stack))
+            holding = _passing(holding, adapted.model, profile.stack, plan)
         for depth in depths:
             if depth < profile.layers and profile.stack is not None:
                 stack = adapted.model.get_submodule(profile.stack)
@@ -205,10 +205,17 @@ def held(adapted: Adapted, recipe: Recipe) -> Held:
     )
 
 
-def _passing(holding: Held, layers: list[int]) -> Held:
-    """What is held where layers of so many bytes pass."""
-    elsewhere = sum(sorted(layers)[:-2])
-    return replace(holding, linears=max(0, holding.linears - elsewhere), passing=sum(layers))
+def _passing(holding: Held, model: PreTrainedModel, stack: str, plan: Plan) -> Held:
+    """What is held where the layers of a stack pass; beside a GPU, words may stay in the machine's memory."""
+    layers = streaming.layer_bytes(model, stack)
+    name = None if plan.device == "cpu" else streaming.words_apart(model)
+    words = [] if name is None else model.get_submodule(name).state_dict().values()
+    return replace(
+        holding,
+        linears=max(0, holding.linears - sum(sorted(layers)[:-2])),
+        embeddings=max(0, holding.embeddings - sum(map(nbytes, words))),
+        passing=sum(layers),
+    )
 
 
 def _words(model: PreTrainedModel) -> set[int]:

@@ -5,6 +5,9 @@ backward, is read ahead, and the one before is given back. On a GPU they lie in 
 two slots by a stream of their own: layer k always into slot k mod 2, so that its weights have one address for good and
 autograd needs to know nothing. Both ways a weight has the bytes that it would have if it stayed, so all results have.
 
+The embedding of words, where no output layer shares it, stays in the machine's memory too: a GPU gets the rows that it
+asks for.
+
 A layer says that it begins: forward before it is called, backward when the gradient of its output comes. All that the
 layer beyond it does is asked of the device by then, as autograd takes later operations first.
 """
@@ -41,9 +44,9 @@ class Place(Protocol):
 class Stream:
     """The layers of a stack, each of which is there when it computes."""
 
-    def __init__(self, layers: Sequence[nn.Module], place: Place) -> None:
-        """Listen to each layer."""
-        self.place, self.count = place, len(layers)
+    def __init__(self, layers: Sequence[nn.Module], place: Place, undo: Callable[[], None] = lambda: None) -> None:
+        """Listen to each layer; `undo` is done at the end."""
+        self.place, self.count, self._undo = place, len(layers), undo
         self.most = 0
         """Most layers that were resident at once."""
         self.entered = 0
@@ -73,6 +76,7 @@ class Stream:
         for hook in self._hooks:
             hook.remove()
         self.place.settle()
+        self._undo()
 
 
 class Pages:
@@ -142,6 +146,8 @@ class Slots:
         self.sources, self.parts, self.copies = sources, parts, copies
         size = max(source.numel() for source in sources)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
+        self.copied = 0
+        """Bytes so far."""
         self.held: list[int | None] = [None] * _SLOTS
         self.waits: list[Callable[[], None] | None] = [None] * _SLOTS
         for at, layer in enumerate(parts):
@@ -165,6 +171,7 @@ class Slots:
         self.held[slot] = None  # while an interrupt could leave it half there
         self.waits[slot] = self.copies.start(self.slots[slot][: source.numel()], source)
         self.held[slot] = at
+        self.copied += source.numel()
 
     def resident(self) -> set[int]:
         return {at for at in self.held if at is not None}
@@ -182,6 +189,42 @@ def _at(whole: Tensor, begin: int, like: Tensor) -> Tensor:
     """The tensor that lies in bytes (N,) from `begin`, with the dtype, shape and strides of another."""
     part = whole[begin : begin + like.numel() * like.element_size()].view(like.dtype)
     return part.as_strided(like.shape, like.stride(), part.storage_offset())
+
+
+class HostEmbedding(nn.Module):
+    """An embedding that stays in the machine's memory and sends rows to a device."""
+
+    def __init__(self, inner: nn.Module, device: torch.device) -> None:
+        """Stand in for `inner`, whose weight is none of the model's as PyTorch sees it: it has another device."""
+        super().__init__()
+        self.device = device
+        self._inner = (inner,)
+
+    @property
+    def inner(self) -> nn.Module:
+        """What it stands in for."""
+        return self._inner[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """As it is held."""
+        held: Tensor = self.inner.weight  # type: ignore[assignment]
+        return held
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(...) -> (..., features)."""
+        rows: Tensor = self.inner(index.cpu())
+        return rows.to(self.device)
+
+
+def words_apart(model: PreTrainedModel) -> str | None:
+    """Name of a frozen embedding of words that no output layer shares; None where there is none."""
+    words, written = model.get_input_embeddings(), model.get_output_embeddings()
+    held = list(words.parameters()) + list(words.buffers())
+    shared = [] if written is None else [*written.parameters(), *written.buffers()]
+    if any(tensor.requires_grad for tensor in held) or {id(one) for one in held} & {id(one) for one in shared}:
+        return None
+    return next(name for name, module in model.named_modules() if module is words)
 
 
 def weights(layer: nn.Module) -> list[Tensor]:
@@ -238,11 +281,22 @@ def through_slots(
         [Part(tensor, begin) for tensor in weights(layer) if (begin := block.place(tensor)) is not None]
         for layer, block in zip(layers, held, strict=True)
     ]
+    undo = _keep_words(model, device)
     passing = {id(part.tensor) for layer in parts for part in layer}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in passing:
             tensor.data = tensor.data.to(device)
-    return Stream(layers, Slots(_sources(held, device), parts, copies, device))
+    return Stream(layers, Slots(_sources(held, device), parts, copies, device), undo)
+
+
+def _keep_words(model: PreTrainedModel, device: torch.device) -> Callable[[], None]:
+    """Let the embedding of words stay where it is; return what undoes that."""
+    name = words_apart(model)
+    if name is None:
+        return lambda: None
+    words = model.get_submodule(name)
+    model.set_submodule(name, HostEmbedding(words, device))
+    return lambda: model.set_submodule(name, words.to(device))
 
 
 def _sources(held: Sequence[Block], device: torch.device) -> list[Tensor]:

@@ -36,9 +36,9 @@ def unmapped() -> Iterator[None]:
     mapping, files = modeling_utils.safe_open, ExitStack()
 
     def opened(path: Any, *args: Any, **options: Any) -> Any:
-        found = mapping(path, *args, **options)
         if options.get("backend") != "mmap":
-            return found
+            return mapping(path, *args, **options)
+        found = mapping(path, *args, **options | {"backend": "pread"})  # a map of the file would count as data
         return _File(files.enter_context(open(path, "rb", buffering=0)), found)
 
     modeling_utils.safe_open = opened
