@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def leave_no_cache() -> None:
         block.map.madvise(_PAGEOUT)
         dropped(block)
 
-    Block.drop = drop  # type: ignore[method-assign]
+    Block.drop = drop  # type: ignore[method-assign,assignment]
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks import shapes
     from lowres_ft import data, device, evaluate, pipeline, train
     from lowres_ft.runs import run_folder
+    from lowres_ft.streaming import Pages
 
     machine = device.find("cpu")
     recipe = shapes.recipe(Path(job["base"]), Path(job["rows"]), "chat", job["length"], *job["changes"])
@@ -51,14 +53,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         ready = pipeline.prepare(resolved, rows, machine, place)
         loading = time.perf_counter() - began
         stream = ready.adapted.stream
-        for block in stream.place.layers if job["cold"] else ():
+        for block in stream.place.layers if stream is not None and isinstance(stream.place, Pages) else ():
             block.map.flush()
         state = train.start(resolved, ready.adapted, ready.tokens["train"], ready.plan)
-        steps, read, last = [], [], read_bytes()
+        steps, read, busy = [], [read_bytes()], [time.process_time()]
         for step in train.train(state, ready.tokens["train"], ready.plan, machine):
             steps.append(step)
-            read.append(read_bytes() - last)
-            last = read_bytes()
+            read.append(read_bytes())
+            busy.append(time.process_time())
         outputs = evaluate.outputs(ready.adapted, ready.tokens["validation"], ready.plan)
     learned = hashlib.sha256()
     for name, tensor in sorted(ready.adapted.tensors().items()):
@@ -70,7 +72,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "loading_seconds": loading,
         "step_seconds": [step.seconds for step in steps],
         "step_tokens": [step.tokens for step in steps],
-        "step_read_bytes": read,
+        "step_processor_seconds": [after - before for before, after in pairwise(busy)],
+        "step_read_bytes": [after - before for before, after in pairwise(read)],
         "most_layers": None if stream is None else stream.most,
         "plan": ready.plan.model_dump(mode="json"),
     }

@@ -16,24 +16,40 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _GIB = 2**30
 _EVERY = 0.01  # seconds between two looks at a process
-_LENGTH = 128
+_LENGTH, _FEW = 128, 40  # tokens of a text
 _ROWS = 20
-_CHANGES = (
-    "method.rank=4",
-    "train.steps=4",
-    "train.batch_size=2",
-    "budget.recompute=layers",
+_CHANGES = ("method.rank=4", "train.steps=4", "budget.recompute=layers")
+
+
+class Way(NamedTuple):
+    """How the base trains."""
+
+    name: str
+    offload: str
+    cold: bool = False
+    limited: bool = True
+    few: bool = False
+    """One short text a step, so that layers take longer to come than to compute; else two of 128 tokens."""
+
+    def job(self, work: Path) -> dict[str, Any]:
+        """What a process of its own is told."""
+        changes = [*_CHANGES, f"train.batch_size={1 if self.few else 2}", f"budget.offload={self.offload}"]
+        places = {"base": str(work / "base"), "rows": str(work / "rows.jsonl"), "out": str(work / "found.json")}
+        return places | {"length": _FEW if self.few else _LENGTH, "cold": self.cold, "changes": changes}
+
+
+WAYS = (
+    Way("resident", "none", limited=False),
+    Way("resident, limited", "none"),
+    Way("passing, from the system's cache", "layers"),
+    Way("passing, from the disk", "layers", cold=True),
+    Way("resident, few tokens", "none", limited=False, few=True),
+    Way("passing from the disk, few tokens", "layers", cold=True, few=True),
 )
-WAYS: dict[str, dict[str, Any]] = {
-    "resident": {"offload": "none", "cold": False, "limited": False},
-    "resident, limited": {"offload": "none", "cold": False, "limited": True},
-    "passing, from the system's cache": {"offload": "layers", "cold": False, "limited": True},
-    "passing, from the disk": {"offload": "layers", "cold": True, "limited": True},
-}
 
 
 def watched(command: list[str], limit: int | None) -> dict[str, Any]:
@@ -79,19 +95,18 @@ def disk(folder: Path, size: int = _GIB, part: int = 2**23) -> float:
         return size / (time.perf_counter() - began)
 
 
-def measured(way: str, work: Path, limit: int) -> dict[str, Any]:
+def measured(way: Way, work: Path, limit: int) -> dict[str, Any]:
     """Train one way."""
-    how = WAYS[way]
-    job = {"base": str(work / "base"), "rows": str(work / "rows.jsonl"), "length": _LENGTH, "cold": how["cold"]}
-    job |= {"out": str(work / "found.json"), "changes": [*_CHANGES, f"budget.offload={how['offload']}"]}
+    job = way.job(work)
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     Path(job["out"]).unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.streamed", str(work / "job.json")]
-    seen = watched(command, limit if how["limited"] else None)
-    found: dict[str, Any] = {"way": way, "limited": how["limited"], "most_resident": seen["most"], "exit": seen["exit"]}
+    seen = watched(command, limit if way.limited else None)
+    found: dict[str, Any] = {**way._asdict(), "most_resident": seen["most"], "exit": seen["exit"]}
     if seen["exit"]:
-        return found | {"told": seen["told"].splitlines()[-1:]}
-    return found | json.loads(Path(job["out"]).read_text(encoding="utf-8"))
+        return found | {"told": seen["told"].rpartition(": ")[2]}
+    trained: dict[str, Any] = json.loads(Path(job["out"]).read_text(encoding="utf-8"))
+    return found | trained
 
 
 def made(work: Path) -> int:
@@ -108,19 +123,26 @@ def lines(record: dict[str, Any]) -> list[str]:
     """The record as a table."""
     told = [f"base of {record['base_bytes'] / _GIB:.2f} GiB, limit of {record['limit_bytes'] / _GIB:.2f} GiB"]
     told += [f"disk, read in order: {record['disk_bytes_per_second'] / 1e9:.2f} GB/s"]
-    told += [f"{'':<34} {'resident':>9} {'a step':>8} {'read':>9} {'GB/s':>6}  losses"]
+    told += [f"{'':<34} {'resident':>9} {'a step':>8} {'processors':>10} {'read':>9} {'GB/s':>6}  losses"]
     for one in record["runs"]:
         most = f"{one['most_resident']['VmRSS'] / 2**20:,.0f} MiB"
         if one["exit"]:
-            told.append(f"{one['way']:<34} {most:>9} {'refused':>8}  {' '.join(one['told'])}")
+            told.append(f"{one['name']:<34} {most:>9} {'refused':>8}  {one['told']}")
             continue
-        seconds = statistics.median(one["step_seconds"][1:])
-        read = statistics.median(one["step_read_bytes"][1:])
-        same = "as resident" if one["losses"] == record["runs"][0]["losses"] else "OTHERS"
-        told.append(
-            f"{one['way']:<34} {most:>9} {seconds:>6.1f} s {read / 1e9:>6.2f} GB {read / seconds / 1e9:>6.2f}  {same}"
+        seconds, busy, read = (
+            statistics.median(one[f"step_{name}"][1:]) for name in ("seconds", "processor_seconds", "read_bytes")
         )
+        figures = f"{seconds:>6.1f} s {busy:>8.1f} s {read / 1e9:>6.2f} GB {read / seconds / 1e9:>6.2f}"
+        told.append(f"{one['name']:<34} {most:>9} {figures}  {'as resident' if same(one, record) else 'OTHERS'}")
     return told
+
+
+def same(one: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a run had the losses, learned the bytes and answered the values of the resident one of its kind."""
+    if one["exit"]:
+        return False
+    whole = next(other for other in record["runs"] if other["few"] == one["few"])
+    return all(one[name] == whole[name] for name in ("losses", "evaluated", "learned"))
 
 
 def main() -> int:
@@ -132,17 +154,14 @@ def main() -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     limit = round(given.limit * _GIB)
     record: dict[str, Any] = {"base_bytes": made(given.work), "limit_bytes": limit}
-    record["disk_bytes_per_second"] = disk(given.work)
-    record["runs"] = [measured(way, given.work, limit) for way in WAYS]
+    record |= {"disk_bytes_per_second": disk(given.work), "load": os.getloadavg()[0], "runs": []}
+    for way in WAYS:
+        record["runs"].append(measured(way, given.work, limit))
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines(record)))
-    whole, _, *passing = record["runs"]
-    same = all(
-        not one["exit"] and all(one[name] == whole[name] for name in ("losses", "evaluated", "learned"))
-        for one in passing
-    )
-    return 0 if same and all(one["most_resident"]["VmRSS"] <= limit for one in passing) else 1
+    passing = [one for one in record["runs"] if one["offload"] == "layers"]
+    return 0 if all(same(one, record) and one["most_resident"]["VmRSS"] <= limit for one in passing) else 1
 
 
 if __name__ == "__main__":

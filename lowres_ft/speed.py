@@ -74,15 +74,14 @@ def measured(device: str, each: float = 1.0) -> dict[str, Any]:
         flops[name] = 2.0 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
     given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
     moved = 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), kind, each)
-    return {"flops": flops, "bandwidth": moved, "link": _link(kind, device, moved)}
+    return {"flops": flops, "bandwidth": moved, "link": moved if kind == "mps" else link(device)}
 
 
-def _link(kind: str, device: str, bandwidth: float) -> float:
-    """Bytes a second that come to a device from where layers lie that pass."""
+def link(device: str) -> float:
+    """Bytes a second that come to a device from where layers lie that pass: to a processor from the disk."""
+    kind = torch.device(device).type
     if kind == "cpu":
         return mapped.read_rate()
-    if kind != "cuda":  # which has no memory of its own
-        return bandwidth
     source = torch.empty(4 * _COPIED, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     return 4 * _COPIED / _best(lambda: target.copy_(source, non_blocking=True), kind, 0.2)

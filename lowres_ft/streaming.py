@@ -118,7 +118,7 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         """Make the stream."""
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start(self, slot: Tensor, source: Tensor) -> Callable[[], None]:
         free = torch.cuda.current_stream(self.device).record_event()
@@ -224,7 +224,8 @@ def words_apart(model: PreTrainedModel) -> str | None:
     shared = [] if written is None else [*written.parameters(), *written.buffers()]
     if any(tensor.requires_grad for tensor in held) or {id(one) for one in held} & {id(one) for one in shared}:
         return None
-    return next(name for name, module in model.named_modules() if module is words)
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[words]
 
 
 def weights(layer: nn.Module) -> list[Tensor]:
