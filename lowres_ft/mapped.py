@@ -65,6 +65,12 @@ class Block:
         self.map.madvise(mmap.MADV_DONTNEED)
 
 
+def drop(blocks: Sequence[Block]) -> None:
+    """Give the pages of several blocks back."""
+    for block in blocks:
+        block.drop()
+
+
 def read_rate() -> float:
     """Bytes a second of a new file in the cache's folder that is read in order, of which the system has nothing kept.
 

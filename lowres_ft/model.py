@@ -3,6 +3,7 @@
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from lowres_ft import (
     attention,
     behaviour,
     embedding,
+    mapped,
     profiles,
     quantize,
     reading,
@@ -141,11 +143,7 @@ def adapt(recipe: Recipe, base: Base, profile: Profile, plan: Plan, loaded: Load
     model, tokenizer, heads, blocks = loaded
     dtype = getattr(torch, plan.dtype)
     keys = DropoutKeys(recipe.train.seed)
-
-    def give_back() -> None:
-        for block in blocks:
-            block.drop()
-
+    give_back = partial(mapped.drop, blocks)
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
     if not recipe.method.trains_base:
@@ -159,10 +157,7 @@ def adapt(recipe: Recipe, base: Base, profile: Profile, plan: Plan, loaded: Load
         embedding.hold(model, dtype)
     storage.use(model, plan.int8)
     recompute.apply(model, profile.stack, plan.recompute)
-    stream = None
-    if plan.offload == "layers":
-        assert profile.stack is not None
-        stream = streaming.begin(model, profile.stack, plan.device, blocks)
+    stream = streaming.begin(model, profile.stack, plan.device, blocks) if plan.offload == "layers" else None
     model.train(recipe.model.dropout > 0)
     known = (
         recipe.task,
@@ -238,7 +233,7 @@ def _load_model(recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokeni
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(config, field, recipe.model.dropout)
     dtype = torch.float32 if recipe.method.trains_base else getattr(torch, plan.dtype)
-    passing = _passing(recipe, profile) if plan.offload == "layers" else None
+    passing = Passing.of(recipe, profile) if plan.offload == "layers" else None
     model, new, blocks = _from_files(recipe, base, plan, config, profile.outside, dtype, passing)
     if not task.new_head and new:
         raise ModelError(
@@ -254,13 +249,6 @@ def _load_model(recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokeni
     if recipe.model.quantize == "none" and passing is None:
         model.to(plan.device)  # a quantized one was read onto its device
     return Loaded(model, tokenizer, (*profile.heads, *(name for name in new if name not in profile.heads)), blocks)
-
-
-def _passing(recipe: Recipe, profile: Profile) -> Passing:
-    """What is read into a mapped file."""
-    assert profile.stack is not None
-    adapted = profiles.targets(recipe.method, profile.linears) if recipe.model.quantize == "none" else ()
-    return Passing(profile.stack, frozenset(adapted))
 
 
 def _from_files(

@@ -18,7 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowres_ft import embedding, mapped, profiles, quantize
 from lowres_ft.mapped import Block, Room
-from lowres_ft.recipe import ModelSpec
+from lowres_ft.profiles import Profile
+from lowres_ft.recipe import ModelSpec, Recipe
 from lowres_ft.storage import Int8, Nf4
 
 _NAME = "lowres_ft"
@@ -32,6 +33,13 @@ class Passing:
     """Name of the list of layers."""
     turned: frozenset[str]
     """Layers that are adapted: a weight (inputs, outputs) of one is held as (outputs, inputs)."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, profile: Profile) -> "Passing":
+        """That of a recipe, whose plan lets layers pass."""
+        assert profile.stack is not None
+        adapted = profiles.targets(recipe.method, profile.linears) if recipe.model.quantize == "none" else ()
+        return cls(profile.stack, frozenset(adapted))
 
 
 def options(

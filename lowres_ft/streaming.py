@@ -86,15 +86,13 @@ class Pages:
         """Take blocks of layers; pages of the `others` go whenever a layer begins."""
         self.layers, self.others = layers, others
         self.shown: set[int] = set()
-        for block in (*layers, *others):
-            block.drop()
+        mapped.drop((*layers, *others))
 
     def show(self, at: int, ahead: int | None) -> None:
         wanted = {at} if ahead is None else {at, ahead}
         for other in self.shown - wanted:
             self.layers[other].drop()
-        for block in self.others:
-            block.drop()
+        mapped.drop(self.others)
         for coming in wanted - self.shown:
             self.layers[coming].ahead()
         self.shown = wanted
@@ -245,7 +243,7 @@ def layer_bytes(model: PreTrainedModel, stack: str) -> list[int]:
     return [sum(tensor.numel() * tensor.element_size() for tensor in weights(layer)) for layer in layers]
 
 
-def begin(model: PreTrainedModel, stack: str, device: str, known: Sequence[Block] = ()) -> Stream:
+def begin(model: PreTrainedModel, stack: str | None, device: str, known: Sequence[Block] = ()) -> Stream:
     """Let the layers of a model pass; all else of it goes to the device.
 
     `known` are blocks that hold weights already: of the layers in their order, and then of others.
@@ -253,6 +251,7 @@ def begin(model: PreTrainedModel, stack: str, device: str, known: Sequence[Block
     Raises:
         OutputError: The disk does not hold the layers.
     """
+    assert stack is not None
     layers = list(model.get_submodule(stack).children())
     held = list(_blocks(layers, known))
     if device == "cpu":

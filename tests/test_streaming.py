@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowres_ft import device, evaluate, folders, mapped, model, profiles, streaming
+from lowres_ft import bases as base_module
+from lowres_ft import budget, device, evaluate, folders, mapped, memory, model, profiles, simulate, streaming
 from lowres_ft import plan as plans
-from lowres_ft.errors import ModelError, OutputError
-from lowres_ft.mapped import Block, Room
+from lowres_ft.bases import Base
+from lowres_ft.errors import ModelError
 from lowres_ft.pipeline import rehearse, run
 from lowres_ft.recipe import Recipe
 from lowres_ft.streaming import Copies, Pages, Slots, Stream
@@ -140,9 +141,7 @@ def stack(wanted: Recipe) -> str:
     return found
 
 
-def model_base(wanted: Recipe) -> Any:
-    from lowres_ft import bases as base_module
-
+def model_base(wanted: Recipe) -> Base:
     return base_module.resolve(wanted.model)
 
 
@@ -254,34 +253,6 @@ def test_weights_that_lie_elsewhere_are_moved_into_blocks(bases: Bases, reviews:
     same(resident, passing)
 
 
-def test_blocks_hold_tensors_where_pytorch_would_let_them_begin():
-    rooms = [
-        Room(torch.Size([3, 5]), torch.float32),
-        Room(torch.Size([7]), torch.int8),
-        Room(torch.Size([]), torch.float32),
-    ]
-    first, second = mapped.blocks([rooms, rooms])
-    made = [block.tensor(room) for block in (first, second) for room in rooms]
-    for number, tensor in enumerate(made):
-        tensor.fill_(number)
-        assert tensor.data_ptr() % 64 == 0
-    for block in (first, second):
-        block.drop()
-    assert [float(tensor.max()) for tensor in made] == [0, 1, 2, 3, 4, 5]
-    assert [first.place(tensor) for tensor in made[:3]] == [0, 64, 128]
-    assert first.place(made[3]) is None
-
-
-def test_a_disk_without_room_is_told(monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"1\.0 GiB of layers cannot be written: No space left") as caught:
-        mapped.blocks([[Room(torch.Size([2**30]), torch.uint8)]])
-    assert "LOWRES_FT_CACHE" in caught.value.hint
-
-
 @pytest.mark.parametrize(
     ("architecture", "changes", "told"),
     [
@@ -312,8 +283,6 @@ def test_a_bundle_is_the_same_and_loads_as_it_was_trained(bases: Bases, reviews:
 
 
 def test_the_plan_lets_layers_pass_where_nothing_else_fits(bases: Bases, reviews: Path, tmp_path: Path):
-    from lowres_ft import budget, memory
-
     wanted = recipe(deep(bases, "bert", hidden_size=256, intermediate_size=1024), reviews)
     base = model_base(wanted)
     profile = profiles.profile(base, wanted.task)
@@ -335,8 +304,6 @@ def test_the_plan_lets_layers_pass_where_nothing_else_fits(bases: Bases, reviews
 
 def test_the_memory_told_is_that_of_two_layers(bases: Bases, reviews: Path, tmp_path: Path):
     """The blocks of a loaded model hold what the account says that passes."""
-    from lowres_ft import simulate
-
     wanted = recipe(deep(bases, "llama", **WIDE["llama"]), reviews, "model.quantize=nf4", "budget.offload=layers")
     passing = prepare(wanted, tmp_path)
     base = model_base(wanted)
@@ -378,13 +345,3 @@ def test_layers_are_asked_for_in_the_order_in_which_they_compute(line: tuple[nn.
     with torch.inference_mode():
         layers(torch.ones(1, 2))
     assert place.asked == forward
-
-
-def test_a_block_belongs_to_one_file_that_has_no_name():
-    (block,) = mapped.blocks([[Room(torch.Size([4]), torch.float32)]])
-    assert isinstance(block, Block)
-    assert not list((mapped.cache_dir() / "streaming").iterdir())
-
-
-def test_a_disk_has_a_rate():
-    assert mapped.read_rate() > 1e6
