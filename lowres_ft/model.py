@@ -264,7 +264,7 @@ def _from_files(
     options = _options(recipe, base, plan, config, keep, dtype, passing)
     torch.manual_seed(recipe.train.seed)
     try:
-        with profiles.quiet(), weights.unmapped():
+        with profiles.quiet(), weights.unmapped(for_a_moment=passing is not None):
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
