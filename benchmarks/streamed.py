@@ -35,6 +35,28 @@ def leave_no_cache() -> None:
     Block.drop = drop  # type: ignore[method-assign,assignment]
 
 
+def pages(size: int = 90 * 2**20, count: int = 12) -> float:
+    """Bytes a second of blocks as large as layers that come from the disk in turn, while nothing computes."""
+    leave_no_cache()
+    import torch
+
+    from lowres_ft import mapped
+    from lowres_ft.mapped import Room
+
+    room = Room(torch.Size([size]), torch.uint8)
+    blocks = mapped.blocks([[room]] * count)
+    tensors = [block.tensor(room).random_() for block in blocks]
+    for block in blocks:
+        block.map.flush()
+        block.drop()
+    before, began = read_bytes(), time.perf_counter()
+    for at, tensor in enumerate(tensors):
+        blocks[(at + 1) % count].ahead()
+        tensor[:: 2**12].sum()
+        blocks[at].drop()
+    return (read_bytes() - before) / (time.perf_counter() - began)
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train a recipe; return its losses, a hash of what was learned, and what each step took."""
     if job["cold"]:
@@ -81,7 +103,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(job["out"]).write_text(json.dumps(measure(job)), encoding="utf-8")
+    found = {"bytes_per_second": pages()} if job.get("pages") else measure(job)
+    Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

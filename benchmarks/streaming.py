@@ -95,6 +95,14 @@ def disk(folder: Path, size: int = _GIB, part: int = 2**23) -> float:
         return size / (time.perf_counter() - began)
 
 
+def pages(work: Path) -> float:
+    """Bytes a second of layers that come from the disk, read ahead, while nothing computes."""
+    out = work / "found.json"
+    (work / "job.json").write_text(json.dumps({"pages": True, "out": str(out)}), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "benchmarks.streamed", str(work / "job.json")], check=True)
+    return float(json.loads(out.read_text(encoding="utf-8"))["bytes_per_second"])
+
+
 def measured(way: Way, work: Path, limit: int) -> dict[str, Any]:
     """Train one way."""
     job = way.job(work)
@@ -122,7 +130,8 @@ def made(work: Path) -> int:
 def lines(record: dict[str, Any]) -> list[str]:
     """The record as a table."""
     told = [f"base of {record['base_bytes'] / _GIB:.2f} GiB, limit of {record['limit_bytes'] / _GIB:.2f} GiB"]
-    told += [f"disk, read in order: {record['disk_bytes_per_second'] / 1e9:.2f} GB/s"]
+    rates = [record[f"{name}_bytes_per_second"] / 1e9 for name in ("disk", "pages")]
+    told += ["disk, read in order: {:.2f} GB/s; layers that come while nothing computes: {:.2f} GB/s".format(*rates)]
     told += [f"{'':<34} {'resident':>9} {'a step':>8} {'processors':>10} {'read':>9} {'GB/s':>6}  losses"]
     for one in record["runs"]:
         most = f"{one['most_resident']['VmRSS'] / 2**20:,.0f} MiB"
@@ -154,7 +163,8 @@ def main() -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     limit = round(given.limit * _GIB)
     record: dict[str, Any] = {"base_bytes": made(given.work), "limit_bytes": limit}
-    record |= {"disk_bytes_per_second": disk(given.work), "load": os.getloadavg()[0], "runs": []}
+    record |= {"disk_bytes_per_second": disk(given.work), "pages_bytes_per_second": pages(given.work)}
+    record |= {"load": os.getloadavg()[0], "runs": []}
     for way in WAYS:
         record["runs"].append(measured(way, given.work, limit))
     if given.out:
