@@ -1,8 +1,9 @@
 """What to do when a run does not fit: the plan is made more frugal, in the order of what that costs in time.
 
 First micro-batches get smaller, which costs little while they hold some hundred tokens; then activations are computed
-again, of a selection and then of whole layers; then attention is. None of it changes the result beyond rounding. What
-would change it, such as quantizing the base, is for the recipe to say: an error lists what each such change saves.
+again, of a selection and then of whole layers; then attention is; at last layers pass through room for two of them.
+None of it changes the result beyond rounding. What would change it, such as quantizing the base, is for the recipe to
+say: an error lists what each such change saves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from lowres_ft import device, memory
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
 from lowres_ft.errors import LowresError, ModelError
-from lowres_ft.plan import Plan
+from lowres_ft.plan import Plan, why_resident
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import parse_bytes, show_bytes
@@ -81,7 +82,10 @@ def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
         again = {
             length: "recomputed" if kernel == "kept" else kernel for length, kernel in plan.attention_kernels.items()
         }
-        yield plan.model_copy(update={"attention_kernels": again})
+        plan = plan.model_copy(update={"attention_kernels": again})
+        yield plan
+    if recipe.budget.offload == "auto" and not why_resident(recipe, profile, plan.device.partition(":")[0]):
+        yield plan.model_copy(update={"offload": "layers"})
 
 
 def remedies(recipe: Recipe, plan: Plan, now: int, needs: Needs) -> list[Remedy]:

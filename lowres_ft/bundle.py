@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
-from lowres_ft import bases, behaviour, model, profiles, recipe
+from lowres_ft import bases, behaviour, folders, model, profiles, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
@@ -246,7 +246,7 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
     """Write weights, tokenizer and recipe into a bundle's folder."""
     if resolved.method.trains_base:
         with writing(folder):
-            model.save_plain(adapted, folder)
+            folders.save_plain(adapted, folder)
     else:
         write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
         write_json(folder / "adapter_config.json", peft_config(adapted))

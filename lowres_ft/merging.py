@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from lowres_ft import card, evaluate, model, profiles
+from lowres_ft import card, evaluate, folders, model, profiles
 from lowres_ft.batches import Tokens, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.device import Machine
@@ -114,15 +114,15 @@ def _require_mergeable(bundle: Bundle, out: Path, base: str | None, quantize: st
 def _folded(bundle: Bundle, adapted: Adapted, plan: Plan, folder: Path) -> Adapted:
     """Write the merged model, and load what was written."""
     model.merge(adapted)
-    model.save_plain(adapted, folder)
+    folders.save_plain(adapted, folder)
     model.load_tokenizer(bundle.folder).save_pretrained(folder)
     write_bytes(folder / "README.md", card.render_merged(bundle).encode())
-    return replace(adapted, model=model.load_plain(adapted.task, folder, plan.device), adapted=())
+    return replace(adapted, model=folders.load_plain(adapted.task, folder, plan.device), adapted=())
 
 
 def _quantized(bundle: Bundle, adapted: Adapted, folder: Path, form: str) -> Adapted:
     """Write a merged model again in bitsandbytes' format, and load what was written."""
-    small = model.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
+    small = folders.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
     model.load_tokenizer(bundle.folder).save_pretrained(folder / form)
     write_bytes(folder / form / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=small)

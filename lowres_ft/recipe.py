@@ -127,6 +127,10 @@ class BudgetSpec(Spec):
     """Compute activations again in the backward pass: of whole layers, for least memory; or but for the products of
     frozen weights, for less time. `auto` leaves it to the plan."""
 
+    offload: Literal["auto", "none", "layers"] = "auto"
+    """Let frozen `layers` lie in a file, or beside a GPU, and pass through room for two of them. `auto` leaves it to
+    the plan, which does so where nothing else fits into `memory`."""
+
     @field_validator("memory")
     @classmethod
     def _a_size(cls, memory: str | None) -> str | None:

@@ -17,7 +17,7 @@ LAYERS = (
     "recipe overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
-    " simulate memory speed budget",
+    " simulate memory speed budget mapped streaming folders",
     "train evaluate significance bundle border probes card merging prediction generation contrast comparison checks"
     " checking powerlaw",
     "report exhibits page pipeline runs curve plotting forecast doctor",
