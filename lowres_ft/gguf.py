@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowres_ft.errors import AssetError, first_line
 from lowres_ft.files import sha256
 
 if TYPE_CHECKING:
@@ -39,8 +40,17 @@ def convert(path: Path) -> None:
     """Replace a GGUF file by the files of a transformers model, in its folder.
 
     Raises:
-        ValueError: It is no Llama with SmolLM's tokenizer, the only kind that is understood.
+        AssetError: It is no Llama with SmolLM's tokenizer, the only kind that is understood, or it is broken.
     """
+    try:
+        _convert(path)
+    except OSError:
+        raise
+    except Exception as error:  # what a file holds is anyone's
+        raise AssetError(f"{path.name} cannot be converted: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _convert(path: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowres_ft import attach, attention, behaviour, embedding, profiles, quantize, reading, recompute, storage, weights
-from lowres_ft.bases import VOCABULARIES, Base
+from lowres_ft.bases import VOCABULARIES, Base, require_no_code
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
 from lowres_ft.linear import FROZEN_HALVES
@@ -205,6 +205,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # transformers would make an empty tokenizer
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+    require_no_code(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

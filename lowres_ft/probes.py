@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowres_ft.batches import Tokens, collate
+from lowres_ft.errors import BundleError
 from lowres_ft.model import Adapted
 from lowres_ft.tasks.base import IGNORED, Batch
 
@@ -23,7 +24,14 @@ class Probe:
 
     @classmethod
     def of(cls, held: Mapping[str, Tensor]) -> Self:
-        """The probe that a bundle's file holds."""
+        """The probe that a bundle's file holds.
+
+        Raises:
+            BundleError: It holds something else.
+        """
+        ids, mask, logits = (held.get(name) for name in ("input_ids", "attention_mask", "logits"))
+        if ids is None or mask is None or logits is None or ids.shape != mask.shape or len(ids) != len(logits):
+            raise BundleError("the probe rows do not hold token ids, their mask and logits of equally many rows")
         return cls(held["input_ids"], held["attention_mask"], held.get("token_type_ids"))
 
     def tensors(self) -> dict[str, Tensor]:
