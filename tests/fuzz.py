@@ -33,15 +33,54 @@ LIMIT = 5.0  # seconds for one file
 _ROOM = 3 << 30  # bytes that reading small files may take beyond what the process has
 
 TOKENS = [
-    *(b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b'"', b"'", b",", b";", b"\t", b"[", b"{", b"}", b"]"),
+    *(
+        b"\0",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\r",
+        b"\n",
+        b"\r\n",
+        b'"',
+        b"'",
+        b",",
+        b";",
+        b"\t",
+        b"[",
+        b"{",
+        b"}",
+        b"]",
+    ),
     *(b"null", b"NaN", b"1e999", b"-1", b"0", b"true", b'"\\ud800"', b"\xed\xa0\x80", b"\xe2\x80\xae", b"\x1b[2J"),
-    *(b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"- " * 500, b"&a ", b"*a", b"<<: ", b"!!python/name:os.system ", b"../"),
+    *(
+        b"[" * 3000,
+        b'{"a":' * 3000,
+        b"9" * 5000,
+        b"- " * 500,
+        b"&a ",
+        b"*a",
+        b"<<: ",
+        b"!!python/name:os.system ",
+        b"../",
+    ),
     *(b"18446744073709551615", b"1" * 30, b"a" * 70_000, b"%s%n", b"{{", b"B-", b"I-PER", b" ", b"\xc2\x85", b"# "),
 ]
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, float("nan"), float("inf"), "", "x", "../x"),
     *("/etc/passwd", "\ud800", "\0", "\x1b[2J", "\u202e", "a" * 10_000, "9" * 5000, [], {}, [[]], [None], {"": None}),
-    *([1, "a"], [0] * 500, {"a": {"b": []}}, "auto", "none", "float32", "F64", "BF16", "F4", [2**40, 2**40], [0, 0], [-1]),
+    *(
+        [1, "a"],
+        [0] * 500,
+        {"a": {"b": []}},
+        "auto",
+        "none",
+        "float32",
+        "F64",
+        "BF16",
+        "F4",
+        [2**40, 2**40],
+        [0, 0],
+        [-1],
+    ),
 ]
 
 
@@ -198,7 +237,7 @@ def _data(work: Path) -> Iterator[Reader]:
     from lowres_ft import registry
     from lowres_ft.data import by_role
 
-    labelled = [{"text": f"a {word} film, \"so\" ümlaut", "label": label} for word in "abc" for label in ("bad", "good")]
+    labelled = [{"text": f'a {word} film, "so" ümlaut', "label": label} for word in "abc" for label in ("bad", "good")]
     tagged = {"words": ["Ann", "moved"], "tags": ["B-PER", "O"], "entities": [{"start": 0, "end": 3, "label": "PER"}]}
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     table = io.BytesIO()
@@ -208,7 +247,7 @@ def _data(work: Path) -> Iterator[Reader]:
     lines = [json.dumps(row, ensure_ascii=False) for row in (*labelled, tagged | {"text": "Ann moved"}, chat)]
     sound = {
         "csv": "\n".join(head + csv_rows).encode(),
-        "tsv": b"text\tlabel\na film\tbad\n\"b\tc\"\tgood\n",
+        "tsv": b'text\tlabel\na film\tbad\n"b\tc"\tgood\n',
         "jsonl": "\n".join(lines).encode(),
         "json": f"[{','.join(lines)}]".encode(),
         "parquet": table.getvalue(),
@@ -313,7 +352,9 @@ def _base(work: Path) -> Iterator[Reader]:
         shutil.copy(base / "model.safetensors", shards / name)
     index = {"metadata": {"total_size": 9}, "weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     place = shards / "model.safetensors.index.json"
-    yield Reader(place.name, json.dumps(index).encode(), place, lambda _: bases.weight_files(shards), damage=json_damage)
+    yield Reader(
+        place.name, json.dumps(index).encode(), place, lambda _: bases.weight_files(shards), damage=json_damage
+    )
 
 
 # The loop

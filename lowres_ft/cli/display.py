@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lowres_ft import spec
-from lowres_ft.harmless import harmless
 from lowres_ft.events import Evaluated, Event, Fetching, Listener, Note, Stage, Trained, unheard
+from lowres_ft.harmless import harmless
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 _SMOOTH = 0.9  # of the loss that is shown
