@@ -115,7 +115,7 @@ def weight_files(folder: Path) -> list[str]:
         return []
     try:
         shards = sorted(set(foreign.read_json(index, _LARGEST_JSON, ModelError)["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
+    except (ModelError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is no index of weights: {error}") from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or not os.path.isfile(folder / shard):

@@ -22,6 +22,7 @@ from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.tasks.base import Task
 
+_ANY_TEXT = "No word that is known: \ufeff\u202e \u00e9\U0001f600"
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
 
@@ -208,7 +209,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     require_no_code(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+        tokenizer([_ANY_TEXT], [_ANY_TEXT])  # a broken one may load, and fail at its first text
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+            raise
         raise ModelError(f"{folder}: no tokenizer can be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
