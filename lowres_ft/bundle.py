@@ -163,7 +163,7 @@ class Bundle:
         path = self.folder / PROBE
         if not path.is_file():
             return None
-        return Probe.of(read_tensors(path))
+        return Probe.of(read_tensors(path), path)
 
     def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
         """Compare the probe rows' logits with those recorded; `open_bundle` has compared the hashes.
@@ -181,7 +181,12 @@ class Bundle:
         if needs_base:
             _require_as_saved(adapted, self.folder / ADAPTER_CONFIG)
         found = probed.logits(adapted)
-        gap = float((found - read_tensors(self.folder / PROBE)["logits"]).abs().max())
+        recorded = read_tensors(self.folder / PROBE)["logits"]
+        if found.shape != recorded.shape:
+            raise BundleError(
+                f"{self.folder / PROBE} holds logits of {tuple(recorded.shape)}, not {tuple(found.shape)}"
+            )
+        gap = float((found - recorded).abs().max())
         ours = self.passport
         same = (ours.host, ours.plan.device, ours.versions, ours.plan.threads) == (
             machine.host,
@@ -219,8 +224,9 @@ def open_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     if not (folder / PASSPORT).is_file():
-        found = "is not there" if not folder.exists() else f"holds no {PASSPORT}"
-        raise BundleError(f"{folder} {found}, so it is no bundle", hint="`lowres-ft recipe NAME` makes one.")
+        found = "is a file" if folder.is_file() else f"holds no {PASSPORT}" if folder.exists() else "is not there"
+        hint = "A bundle is a folder: unpack it first." if folder.is_file() else "`lowres-ft recipe NAME` makes one."
+        raise BundleError(f"{folder} {found}, so it is no bundle", hint=hint)
     try:
         passport = Passport.model_validate_json(foreign.read_bytes(folder / PASSPORT, _LARGEST[PASSPORT], BundleError))
     except ValidationError as error:

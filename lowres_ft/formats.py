@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from lowres_ft.errors import DataError, first_line
+from lowres_ft.foreign import why
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands ("train.csv:17"), and its values by column."""
@@ -26,6 +27,13 @@ Reader = Callable[[Path, str], Iterator[Row]]
 
 _LONGEST_FIELD = 1 << 24  # characters; an unclosed quote would otherwise swallow the rest of the file
 _LONGEST_LINE = 1 << 27  # bytes; a file that is no text may be one line from end to end
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip, or a spreadsheet",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _AS_UTF8 = "Save the file as UTF-8 (from {0}: iconv -f {0} -t UTF-8)."
 _WORDS = "On each line stands a word and its tag, with tabs or spaces between; a blank line ends a sentence."
@@ -62,6 +70,8 @@ def lines(path: Path, name: str, *, longest: int = _LONGEST_LINE) -> Iterator[tu
             if number == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise DataError(f"{name}:1: the file is UTF-16, not UTF-8", hint=_AS_UTF8.format("UTF-16"))
+                if packed := next((kind for magic, kind in _PACKED.items() if raw.startswith(magic)), None):
+                    raise DataError(f"{name}: the file is packed ({packed})", hint="Unpack it, and name what is in it.")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if (at := raw.find(b"\0")) >= 0:
                 raise DataError(
@@ -129,7 +139,7 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}", hint=_OBJECTS) from error
         except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, for Python
-            raise DataError(f"{name}:{number}: cannot be read: {error}", hint=_OBJECTS) from error
+            raise DataError(f"{name}:{number}: cannot be read: {why(error)}", hint=_OBJECTS) from error
         if not isinstance(value, dict):
             raise DataError(f"{name}:{number}: a {type(value).__name__}, not an object", hint=_OBJECTS)
         yield f"{name}:{number}", value
@@ -142,7 +152,7 @@ def _json(path: Path, name: str) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}", hint=_ARRAY) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: cannot be read: {error}", hint=_ARRAY) from error
+        raise DataError(f"{name}: cannot be read: {why(error)}", hint=_ARRAY) from error
     if not isinstance(values, list):
         raise DataError(f"{name} holds {_KINDS[type(values)]}, not an array of objects", hint=_ARRAY)
     for number, value in enumerate(values, start=1):

@@ -311,7 +311,7 @@ def _bundle(work: Path) -> Iterator[Reader]:
     yield of("adapter_config.json", opened, json_damage, resealed("adapter_config.json"))
     yield of("recipe.yaml", opened, yaml_damage, resealed("recipe.yaml"))
     yield of("adapter_model.safetensors", read_adapter, header_damage)
-    yield of("probe.safetensors", lambda path: Probe.of(read_tensors(path)), header_damage)
+    yield of("probe.safetensors", lambda path: Probe.of(read_tensors(path), path), header_damage)
 
 
 def _base(work: Path) -> Iterator[Reader]:

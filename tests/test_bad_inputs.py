@@ -33,7 +33,9 @@ CSV = "text,label\n" + ROWS
 TRAIN = "recipe mine.yaml -q --device cpu --out out data.train={file}"
 NER = TRAIN + " task.kind=ner"
 SHOW = "show bad.yaml"
-HEAD = "name: bad\ntask: {kind: classification}\nmodel: {base: base}\nmethod: {kind: lora}\ndata: {train: reviews.csv}\n"
+HEAD = (
+    "name: bad\ntask: {kind: classification}\nmodel: {base: base}\nmethod: {kind: lora}\ndata: {train: reviews.csv}\n"
+)
 RUN = "recipe mine.yaml -q --device cpu --out out"
 VERIFY = "verify bundle -q --device cpu"
 
@@ -77,6 +79,15 @@ def write(name: str, content: bytes | str) -> Damage:
     def change(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def replace(name: str, old: str, new: str) -> Damage:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
 
     return change
 
@@ -196,7 +207,7 @@ DATA = [
     Bad("folder for a file", TRAIN.format(file="base"), "base is a folder"),
     Bad("unknown ending", TRAIN, "unknown kind of file", CSV, "bad.xls"),
     Bad("packed file", TRAIN, "unknown kind of file", gzip.compress(CSV.encode()), "bad.csv.gz"),
-    Bad("packed file called csv", TRAIN, "bad.csv:1: ", gzip.compress(CSV.encode())),
+    Bad("packed file called csv", TRAIN, "bad.csv: the file is packed (gzip)", gzip.compress(CSV.encode())),
     Bad("empty file", TRAIN, "bad.csv is empty", ""),
     Bad("header alone", TRAIN, "bad.csv holds no rows", "text,label\n"),
     Bad("typo in a column", TRAIN, "'text'", CSV.replace("text", "txet", 1)),
@@ -217,15 +228,17 @@ DATA = [
     Bad("labels but for capitals", TRAIN + " task.labels=null", "only in how it is written", CSV + "so it was,Good\n"),
     Bad("label of a whole page", TRAIN, "...", CSV + f"so it was,{'page ' * 10_000}\n"),
     Bad("too few rows", TRAIN, "row", "text,label\na,good\nb,bad\n"),
-    Bad("formula for a label", TRAIN, "'=cmd", CSV + "so it was,=cmd|'/C calc'!A0\n"),
+    Bad("formula for a label", TRAIN, "=cmd|", CSV + "so it was,=cmd|'/C calc'!A0\n"),
     Bad("escapes in a label", TRAIN, "\\x1b[2J", CSV + "so it was,\x1b[2Jgood\n"),
     Bad("escapes in a column", TRAIN, "\\u001b[2J", "\x1b[2Jtext,label\na,b,c\n"),
     Bad("direction turned in a column", TRAIN, "\\u202e", "\u202etext,label\na,b,c\n"),
     Bad("JSONL of arrays", TRAIN, "bad.jsonl:1: a list, not an object", '["a", "good"]\n', "bad.jsonl"),
-    Bad("JSONL line broken", TRAIN, "bad.jsonl:2: not JSON", '{"text": "a", "label": "good"}\n{"text": \n', "bad.jsonl"),
+    Bad(
+        "JSONL line broken", TRAIN, "bad.jsonl:2: not JSON", '{"text": "a", "label": "good"}\n{"text": \n', "bad.jsonl"
+    ),
     Bad("JSONL nested", TRAIN, "bad.jsonl:1: cannot be read", '{"text": ' + "[" * 100_000, "bad.jsonl"),
     Bad("JSONL number", TRAIN, "bad.jsonl:1: cannot be read", '{"text": ' + "9" * 5000 + "}", "bad.jsonl"),
-    Bad("JSONL half a character", TRAIN, "not UTF-8", '{"text": "\\ud800", "label": "good"}\n', "bad.jsonl"),
+    Bad("JSONL half a character", TRAIN, "half a character", '{"text": "\\ud800", "label": "good"}\n', "bad.jsonl"),
     Bad("JSONL text is a list", TRAIN, "bad.jsonl:1", '{"text": ["a"], "label": "good"}\n', "bad.jsonl"),
     Bad("JSON of one object", TRAIN, "holds one object, not an array", '{"text": "a"}', "bad.json"),
     Bad("JSON nested", TRAIN, "bad.json: cannot be read", "[" * 100_000, "bad.json"),
@@ -235,15 +248,19 @@ DATA = [
     Bad("CoNLL without tags", NER, "bad.conll", "Ann\nmoved\n", "bad.conll"),
     Bad("CoNLL with a strange tag", NER, "bad.conll", "Ann B-PER\nmoved X-Y-\n\n", "bad.conll"),
     Bad("entity beyond its text", NER, "bad.jsonl:1", '{"text": "Ann", "entities": [[0, 9, "PER"]]}\n', "bad.jsonl"),
-    Bad("rows to predict on are empty", "predict bundle --file {file} -q", "bad.txt", "", "bad.txt"),
-    Bad("lines to predict on are blank", "predict bundle --file {file} -q", "no text to predict on", "\n \n", "bad.txt"),
+    Bad("rows to predict on are empty", "predict bundle --file {file} -q", "no text to predict on", "", "bad.txt"),
+    Bad(
+        "lines to predict on are blank", "predict bundle --file {file} -q", "no text to predict on", "\n \n", "bad.txt"
+    ),
     Bad("nothing typed", "predict bundle - -q", "no text to predict on"),
 ]
 
 RECIPE = [
     Bad("typo in a key", SHOW, "did you mean 'batch_size'?", HEAD + "train: {batchsize: 8}\n", "bad.yaml"),
     Bad("typo in a part", SHOW, "did you mean 'train'?", HEAD + "trian: {epochs: 1}\n", "bad.yaml"),
-    Bad("text for a number", SHOW, "must be a whole number, found 'many'", HEAD + "train: {epochs: many}\n", "bad.yaml"),
+    Bad(
+        "text for a number", SHOW, "must be a whole number, found 'many'", HEAD + "train: {epochs: many}\n", "bad.yaml"
+    ),
     Bad("key twice", SHOW, "bad.yaml:6: the key 'name' stands here twice", HEAD + "name: again\n", "bad.yaml"),
     Bad("tab for spaces", SHOW, "bad.yaml:7: ", HEAD + "train:\n\tepochs: 1\n", "bad.yaml"),
     Bad("aliases that multiply", SHOW, "are not read", "a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "bad.yaml"),
@@ -270,24 +287,50 @@ RECIPE = [
 ]
 
 MODEL = [
-    Bad("pickled weights", RUN, "only pytorch_model.bin", damage=both(
-        remove("base/model.safetensors"), write("base/pytorch_model.bin", PICKLE))),
-    Bad("pickled weights .pt", RUN, "only weights.pt", damage=both(
-        remove("base/model.safetensors"), write("base/weights.pt", PICKLE))),
-    Bad("pickled weights .pkl", RUN, "only weights.pkl", damage=both(
-        remove("base/model.safetensors"), write("base/weights.pkl", PICKLE))),
+    Bad(
+        "pickled weights",
+        RUN,
+        "only pytorch_model.bin",
+        damage=both(remove("base/model.safetensors"), write("base/pytorch_model.bin", PICKLE)),
+    ),
+    Bad(
+        "pickled weights .pt",
+        RUN,
+        "only weights.pt",
+        damage=both(remove("base/model.safetensors"), write("base/weights.pt", PICKLE)),
+    ),
+    Bad(
+        "pickled weights .pkl",
+        RUN,
+        "only weights.pkl",
+        damage=both(remove("base/model.safetensors"), write("base/weights.pkl", PICKLE)),
+    ),
     Bad("pickled weights in a file", RUN + " model.base={file}", "is a file", PICKLE, "weights.bin"),
     Bad("pickle called safetensors", RUN, "cannot be loaded", damage=write("base/model.safetensors", PICKLE)),
     Bad("no config", RUN, "holds no config.json", damage=remove("base/config.json")),
     Bad("config is no JSON", RUN, "config.json cannot be read", damage=write("base/config.json", "{")),
     Bad("config nested", RUN, "config.json cannot be read", damage=write("base/config.json", '{"a":' * 100_000)),
-    Bad("config with its own code", RUN, "auto_map", damage=both(
-        edit("base/config.json", auto_map={"AutoConfig": "evil.C"}), write("base/evil.py", "open('executed', 'w')"))),
-    Bad("tokenizer with its own code", RUN, "auto_map", damage=both(
-        edit("base/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
-        write("base/evil.py", "open('executed', 'w')"))),
+    Bad(
+        "config with its own code",
+        RUN,
+        "auto_map",
+        damage=both(
+            edit("base/config.json", auto_map={"AutoConfig": "evil.C"}), write("base/evil.py", "open('executed', 'w')")
+        ),
+    ),
+    Bad(
+        "tokenizer with its own code",
+        RUN,
+        "auto_map",
+        damage=both(
+            edit("base/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
+            write("base/evil.py", "open('executed', 'w')"),
+        ),
+    ),
     Bad("unknown architecture", RUN, "cannot read its config", damage=edit("base/config.json", model_type="bret")),
-    Bad("another architecture", RUN, "so they are not this model's", damage=edit("base/config.json", model_type="gpt2")),
+    Bad(
+        "another architecture", RUN, "so they are not this model's", damage=edit("base/config.json", model_type="gpt2")
+    ),
     Bad("layers without number", RUN, "which no model has", damage=edit("base/config.json", num_hidden_layers=10**9)),
     Bad("width without measure", RUN, "cannot be used", damage=edit("base/config.json", hidden_size=2**62)),
     Bad("width of another model", RUN, "not this model's", damage=edit("base/config.json", hidden_size=64)),
@@ -297,16 +340,36 @@ MODEL = [
     Bad("weights empty", RUN, "cannot be loaded", damage=write("base/model.safetensors", b"")),
     Bad("header longer than the file", RUN, "cannot be loaded", damage=flip("base/model.safetensors", 6)),
     Bad("offsets overlap", RUN, "cannot be loaded", damage=header("base/model.safetensors", overlap)),
-    Bad("unknown dtype", RUN, "cannot be loaded", damage=header(
-        "base/model.safetensors", first(lambda entry: entry.update(dtype="F99")))),
-    Bad("shape larger than its bytes", RUN, "cannot be loaded", damage=header(
-        "base/model.safetensors", first(lambda entry: entry.update(shape=[2**40, 2**20])))),
+    Bad(
+        "unknown dtype",
+        RUN,
+        "cannot be loaded",
+        damage=header("base/model.safetensors", first(lambda entry: entry.update(dtype="F99"))),
+    ),
+    Bad(
+        "shape larger than its bytes",
+        RUN,
+        "cannot be loaded",
+        damage=header("base/model.safetensors", first(lambda entry: entry.update(shape=[2**40, 2**20]))),
+    ),
     Bad("weights that are no numbers", RUN, "", damage=tensors("base/model.safetensors", nan)),
-    Bad("shards outside", RUN, "'../reviews.csv', which is not a file of that folder", damage=both(
-        remove("base/model.safetensors"), write(INDEX, json.dumps({"weight_map": {"a": "../reviews.csv"}})))),
-    Bad("shards of an absolute path", RUN, "which is not a file of that folder", damage=both(
-        remove("base/model.safetensors"), write(INDEX, json.dumps({"weight_map": {"a": "/etc/passwd"}})))),
-    Bad("index broken", RUN, "is no index of weights", damage=both(remove("base/model.safetensors"), write(INDEX, "[]"))),
+    Bad(
+        "shards outside",
+        RUN,
+        "'../reviews.csv', which is not a file of that folder",
+        damage=both(
+            remove("base/model.safetensors"), write(INDEX, json.dumps({"weight_map": {"a": "../reviews.csv"}}))
+        ),
+    ),
+    Bad(
+        "shards of an absolute path",
+        RUN,
+        "which is not a file of that folder",
+        damage=both(remove("base/model.safetensors"), write(INDEX, json.dumps({"weight_map": {"a": "/etc/passwd"}}))),
+    ),
+    Bad(
+        "index broken", RUN, "is no index of weights", damage=both(remove("base/model.safetensors"), write(INDEX, "[]"))
+    ),
     Bad("weights linked outside", RUN, "a link to", damage=link("base/model.safetensors", "m.safetensors")),
     Bad("config linked outside", RUN, "a link to", damage=link("base/config.json", "c.json")),
     Bad("adapter for a base", RUN + " model.base=bundle", "holds no config.json"),
@@ -314,49 +377,135 @@ MODEL = [
 
 BUNDLE = [
     Bad("no bundle", "verify base -q", "holds no lowres.json"),
-    Bad("packed bundle", "verify {file} -q", "", b"PK\3\4", "bundle.zip"),
+    Bad("packed bundle", "verify {file} -q", "unpack it first", b"PK\3\4", "bundle.zip"),
     Bad("byte changed, verify", VERIFY, "it was changed", damage=flip("bundle/adapter_model.safetensors")),
-    Bad("byte changed, predict", "predict bundle x -q", "it was changed", damage=flip("bundle/adapter_model.safetensors")),
+    Bad(
+        "byte changed, predict",
+        "predict bundle x -q",
+        "it was changed",
+        damage=flip("bundle/adapter_model.safetensors"),
+    ),
     Bad("byte changed, merge", "merge bundle out -q", "it was changed", damage=flip("bundle/recipe.yaml", 3)),
     Bad("byte changed, evaluate", "evaluate bundle -q", "it was changed", damage=flip("bundle/tokenizer.json", 50)),
-    Bad("labels renamed", "predict bundle x -q", "labels is ('good', 'bad')", damage=edit(
-        "bundle/lowres.json", labels=["good", "bad"])),
-    Bad("labels renamed everywhere", VERIFY, "", damage=sealed(
-        lambda folder: (folder / "bundle/recipe.yaml").write_text(
-            (folder / "bundle/recipe.yaml").read_text().replace("- bad\n  - good", "- good\n  - bad")))),
+    Bad(
+        "labels renamed",
+        "predict bundle x -q",
+        "labels is ('good', 'bad')",
+        damage=edit("bundle/lowres.json", labels=["good", "bad"]),
+    ),
+    Bad(
+        "labels renamed in the recipe",
+        VERIFY,
+        "labels is ('bad', 'good')",
+        damage=sealed(replace("bundle/recipe.yaml", "- bad\n    - good", "- good\n    - bad")),
+    ),
     Bad("another base, verify", VERIFY, "the base at", damage=lambda folder: tiny.base(folder / "base", seed=1)),
-    Bad("another base, predict", "predict bundle x -q", "is another one", damage=lambda folder: tiny.base(
-        folder / "base", seed=1)),
-    Bad("another base, merge", "merge bundle out -q", "is another one", damage=lambda folder: tiny.base(
-        folder / "base", seed=1)),
-    Bad("another base, evaluate", "evaluate bundle -q", "is another one", damage=lambda folder: tiny.base(
-        folder / "base", seed=1)),
+    Bad(
+        "another base, predict",
+        "predict bundle x -q",
+        "is another one",
+        damage=lambda folder: tiny.base(folder / "base", seed=1),
+    ),
+    Bad(
+        "another base, merge",
+        "merge bundle out -q",
+        "is another one",
+        damage=lambda folder: tiny.base(folder / "base", seed=1),
+    ),
+    Bad(
+        "another base, evaluate",
+        "evaluate bundle -q",
+        "is another one",
+        damage=lambda folder: tiny.base(folder / "base", seed=1),
+    ),
     Bad("another tokenizer", VERIFY, "tokenizer_sha256", damage=flip("base/tokenizer.json", 40)),
     Bad("tokenizer missing", VERIFY, "lacks tokenizer.json", damage=remove("bundle/tokenizer.json")),
-    Bad("head missing", VERIFY, "do not belong to this model", damage=sealed(tensors(
-        "bundle/adapter_model.safetensors",
-        lambda held: [held.pop(name) for name in list(held) if "classifier" in name]))),
-    Bad("head missing, predict", "predict bundle x -q", "do not belong to this model", damage=sealed(tensors(
-        "bundle/adapter_model.safetensors",
-        lambda held: [held.pop(name) for name in list(held) if "classifier" in name]))),
-    Bad("adapter of another", VERIFY, "the logits of the probe rows differ", damage=sealed(tensors(
-        "bundle/adapter_model.safetensors", lambda held: [tensor.add_(0.5) for tensor in held.values()]))),
+    Bad(
+        "head missing",
+        VERIFY,
+        "do not belong to this model",
+        damage=sealed(
+            tensors(
+                "bundle/adapter_model.safetensors",
+                lambda held: [held.pop(name) for name in list(held) if "classifier" in name],
+            )
+        ),
+    ),
+    Bad(
+        "head missing, predict",
+        "predict bundle x -q",
+        "do not belong to this model",
+        damage=sealed(
+            tensors(
+                "bundle/adapter_model.safetensors",
+                lambda held: [held.pop(name) for name in list(held) if "classifier" in name],
+            )
+        ),
+    ),
+    Bad(
+        "adapter of another",
+        VERIFY,
+        "the logits of the probe rows differ",
+        damage=sealed(
+            tensors("bundle/adapter_model.safetensors", lambda held: [tensor.add_(0.5) for tensor in held.values()])
+        ),
+    ),
     Bad("adapter of no numbers", VERIFY, "", damage=sealed(tensors("bundle/adapter_model.safetensors", nan))),
-    Bad("adapter of another rank", VERIFY, "has the shape", damage=sealed(tensors(
-        "bundle/adapter_model.safetensors",
-        lambda held: held.update({n: t[:2].clone() for n, t in held.items() if "lora_A" in n})))),
+    Bad(
+        "adapter of another rank",
+        VERIFY,
+        "has the shape",
+        damage=sealed(
+            tensors(
+                "bundle/adapter_model.safetensors",
+                lambda held: held.update({n: t[:2].clone() for n, t in held.items() if "lora_A" in n}),
+            )
+        ),
+    ),
     Bad("adapter pickled", VERIFY, "cannot be read", damage=sealed(write("bundle/adapter_model.safetensors", PICKLE))),
-    Bad("pickle beside the adapter", VERIFY, "is not named in lowres.json", damage=write(
-        "bundle/adapter_model.bin", PICKLE)),
-    Bad("file added that would be read", VERIFY, "is not named in lowres.json", damage=write(
-        "bundle/chat_template.jinja", "{{ 1 }}")),
-    Bad("adapter not listed", VERIFY, "names no adapter_model.safetensors", damage=sealed(
-        forget=("adapter_model.safetensors",))),
+    Bad(
+        "pickle beside the adapter",
+        VERIFY,
+        "is not named in lowres.json",
+        damage=write("bundle/adapter_model.bin", PICKLE),
+    ),
+    Bad(
+        "file added that would be read",
+        VERIFY,
+        "is not named in lowres.json",
+        damage=write("bundle/chat_template.jinja", "{{ 1 }}"),
+    ),
+    Bad(
+        "adapter not listed",
+        VERIFY,
+        "names no adapter_model.safetensors",
+        damage=sealed(forget=("adapter_model.safetensors",)),
+    ),
     Bad("probe missing", VERIFY, "lacks probe.safetensors", damage=remove("bundle/probe.safetensors")),
-    Bad("probe of something else", VERIFY, "the probe rows do not hold", damage=sealed(tensors(
-        "bundle/probe.safetensors", lambda held: held.pop("logits")))),
-    Bad("passport too large", VERIFY, "is larger than", damage=lambda folder: os.truncate(
-        folder / "bundle/lowres.json", 65 << 20)),
+    Bad(
+        "probe of something else",
+        VERIFY,
+        "does not hold token ids",
+        damage=sealed(tensors("bundle/probe.safetensors", lambda held: held.pop("logits"))),
+    ),
+    Bad(
+        "probe beyond the vocabulary",
+        VERIFY,
+        "beyond the model's",
+        damage=sealed(tensors("bundle/probe.safetensors", lambda held: held["input_ids"].fill_(10**6))),
+    ),
+    Bad(
+        "probe of another shape",
+        VERIFY,
+        "holds logits of (4, 3), not (4, 2)",
+        damage=sealed(tensors("bundle/probe.safetensors", lambda held: held.update(logits=torch.zeros(4, 3)))),
+    ),
+    Bad(
+        "passport too large",
+        VERIFY,
+        "is larger than",
+        damage=lambda folder: os.truncate(folder / "bundle/lowres.json", 65 << 20),
+    ),
     Bad("passport nested", VERIFY, "lowres.json", damage=write("bundle/lowres.json", '{"a":' * 100_000)),
     Bad("passport of a newer format", VERIFY, "of a newer format", damage=edit("bundle/lowres.json", format=2)),
     Bad("passport with a strange key", VERIFY, "Extra inputs", damage=edit("bundle/lowres.json", run="touch executed")),
@@ -364,18 +513,42 @@ BUNDLE = [
     Bad("file of an absolute path", VERIFY, "is no name of a file", damage=files_table("/etc/passwd", RECORD)),
     Bad("file called by a folder", VERIFY, "is no name of a file", damage=files_table("a\\..\\b", RECORD)),
     Bad("file linked outside", VERIFY, "a link to", damage=link("bundle/adapter_model.safetensors", "a.safetensors")),
-    Bad("adapter config names a path", VERIFY, "the base is ../../etc", damage=sealed(edit(
-        "bundle/adapter_config.json", base_model_name_or_path="../../etc"))),
-    Bad("adapter config of another rank", VERIFY, "r is 64, but the adapter has 4", damage=sealed(edit(
-        "bundle/adapter_config.json", r=64))),
-    Bad("adapter config too large", VERIFY, "is larger than", damage=sealed(
-        lambda folder: os.truncate(folder / "bundle/adapter_config.json", 2 << 20))),
-    Bad("adapter config nested", VERIFY, "cannot be read", damage=sealed(
-        write("bundle/adapter_config.json", "[" * 100_000))),
-    Bad("recipe with a tag", VERIFY, "are not read", damage=sealed(
-        write("bundle/recipe.yaml", "!!python/object/apply:os.system [touch executed]"))),
-    Bad("bundle's tokenizer with its own code", "predict bundle x -q", "auto_map", damage=sealed(edit(
-        "bundle/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}))),
+    Bad(
+        "adapter config names a path",
+        VERIFY,
+        "the base is ../../etc",
+        damage=sealed(edit("bundle/adapter_config.json", base_model_name_or_path="../../etc")),
+    ),
+    Bad(
+        "adapter config of another rank",
+        VERIFY,
+        "r is 64, but the adapter has 4",
+        damage=sealed(edit("bundle/adapter_config.json", r=64)),
+    ),
+    Bad(
+        "adapter config too large",
+        VERIFY,
+        "is larger than",
+        damage=sealed(lambda folder: os.truncate(folder / "bundle/adapter_config.json", 2 << 20)),
+    ),
+    Bad(
+        "adapter config nested",
+        VERIFY,
+        "cannot be read",
+        damage=sealed(write("bundle/adapter_config.json", "[" * 100_000)),
+    ),
+    Bad(
+        "recipe with a tag",
+        VERIFY,
+        "are not read",
+        damage=sealed(write("bundle/recipe.yaml", "!!python/object/apply:os.system [touch executed]")),
+    ),
+    Bad(
+        "bundle's tokenizer with its own code",
+        "predict bundle x -q",
+        "auto_map",
+        damage=sealed(edit("bundle/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})),
+    ),
     Bad("half a character to predict on", "predict bundle \udcff -q", "is not UTF-8"),
 ]
 
@@ -387,6 +560,7 @@ DISK = [
     Bad("merge into a place that is taken", "merge bundle base -q", "base exists"),
     Bad("predictions below a file", "predict bundle x -q --out reviews.csv/x", "cannot be written"),
     Bad("predictions into a folder", "predict bundle x -q --out base", "cannot be written"),
+    Bad("merge into a name too long", f"merge bundle {'x' * 300} -q", "x" * 300),
     Bad("new recipe over another", "new mine --from sentiment-lora", "mine.yaml exists"),
 ]
 
