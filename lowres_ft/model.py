@@ -209,7 +209,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     require_no_code(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer([_ANY_TEXT], [_ANY_TEXT])  # a broken one may load, and fail at its first text
+        for pair in ((), ([_ANY_TEXT],)):  # a broken one may load, and fail at its first text
+            tokenizer([_ANY_TEXT], *pair)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
             raise

@@ -18,8 +18,8 @@ from lowres_ft.errors import ModelError, first_line
 from lowres_ft.methods.base import Method
 from lowres_ft.tasks.base import Task
 
-_COUNTED = re.compile(r"(layers?|heads|experts|blocks|depth|n_head)$")
-_MOST_COUNTED = 10_000
+_MOST = {re.compile(r"(layers?|blocks|depth)$"): 1000, re.compile(r"(heads?|experts)$"): 10_000}
+"""More than any model has of what a key of config.json counts."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def _require_countable(base: Base) -> None:
     content = base.config()
     inner = [value for value in content.values() if isinstance(value, dict)]
     for key, value in (item for part in (content, *inner) for item in part.items()):
-        if _COUNTED.search(key) and isinstance(value, int | float) and value > _MOST_COUNTED:
+        most = next((most for counted, most in _MOST.items() if counted.search(key)), None)
+        if most is not None and isinstance(value, int | float) and value > most:
             raise ModelError(f"{base.source}: {key} is {value:,} in config.json, which no model has")
 
 

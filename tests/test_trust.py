@@ -46,10 +46,10 @@ OFFLINE = textwrap.dedent("""
     from lowres_ft.cli.main import main
 
     commands = [
-        "recipe mine.yaml --out bundle --device cpu -q",
+        "recipe mine.yaml --out bundle --device cpu -q", "recipe mine.yaml --dry-run --device cpu -q",
         "predict bundle good -q", "evaluate bundle -q", "verify bundle -q", "merge bundle merged -q",
-        "compare bundle bundle -q", "check mine.yaml -q", "plan mine.yaml -q", "show mine.yaml",
-        "list", "models", "doctor", "new other --data reviews.csv", "base base",
+        "compare bundle bundle -q", "check mine.yaml -q", "list", "show mine.yaml", "new other --data reviews.csv",
+        "base base", "plan mine.yaml -q", "models", "doctor",
     ]
     for command in commands:
         sys.argv = ["lowres-ft", *command.split()]
