@@ -76,13 +76,13 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
 def _found(spec: ModelSpec, progress: assets.Progress | None, patterns: list[str]) -> Base:
     base = spec.base
     expanded = Path(os.path.expanduser(base))  # as given, where there is no such user
-    if spec.revision is not None and (base.startswith("starter:") or expanded.is_dir()):
+    if spec.revision is not None and (base.startswith("starter:") or os.path.isdir(expanded)):
         raise ModelError(f"model.revision is for bases of the Hub, and {base} is none", hint="Leave it out.")
     if base.startswith("starter:"):
         found = _starter(base, progress)
-    elif expanded.is_dir():
+    elif os.path.isdir(expanded):  # os.path: a name that no system can have is a folder that is not there
         found = Base(base, expanded, str(expanded.resolve()))
-    elif expanded.is_file():
+    elif os.path.isfile(expanded):
         raise ModelError(f"model.base: {base} is a file; a base is a folder with config and tokenizer", hint=_CONVERT)
     elif base.startswith((".", "/", "~")) or len(Path(base).parts) > 2:
         raise ModelError(f"model.base: no folder {base}", hint=f"The current folder is {Path.cwd()}.")

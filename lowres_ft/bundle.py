@@ -1,5 +1,6 @@
 """Bundles: an adapter that any PEFT client reads, and a passport that knows its base, its labels and its scores."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from lowres_ft import bases, behaviour, foreign, model, profiles, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
-from lowres_ft.border import peft_config, peft_tensors, read_adapter, read_tensors
+from lowres_ft.border import peft_config, peft_tensors, read_adapter, read_config, read_tensors, require_as_saved
 from lowres_ft.device import Dtype, Machine, versions
 from lowres_ft.errors import BundleError, LowresError, ModelError
 from lowres_ft.files import sha256, write_bytes, write_json, writing
@@ -20,22 +21,18 @@ from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
 from lowres_ft.recipe import Recipe
-from lowres_ft.spec import Spec, shown
+from lowres_ft.spec import Spec
 
 PASSPORT = "lowres.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.safetensors"
-_LARGEST = {PASSPORT: 64 << 20, ADAPTER_CONFIG: 1 << 20}  # bytes; a passport holds scores of each of 1,000 classes
+_LARGEST = 64 << 20  # bytes of a passport, which holds scores of each of 1,000 classes
 _LOADED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pkl", "*.py", "*.model", "*.jinja", "additional_chat_templates"),
     *("*config.json", "*.index.json", "token*.json", "special*.json", "added*.json", "vocab.*", "merges.txt"),
 )
 """Files that transformers or PEFT would read, by name."""
-_DECIDES = (
-    *("peft_type", "task_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "modules_to_save"),
-    *("feedforward_modules", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern", "auto_mapping"),
-)
 _TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
 _RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
 
@@ -179,7 +176,7 @@ class Bundle:
             return Verified(len(self.passport.files), needs_base, 0, None, exact=False)
         adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
         if needs_base:
-            _require_as_saved(adapted, self.folder / ADAPTER_CONFIG)
+            require_as_saved(adapted, self.folder / ADAPTER_CONFIG)
         found = probed.logits(adapted)
         recorded = read_tensors(self.folder / PROBE)["logits"]
         if found.shape != recorded.shape:
@@ -223,12 +220,13 @@ def open_bundle(folder: str | Path) -> Bundle:
         BundleError: It is no bundle, or a file is missing or changed.
     """
     folder = Path(folder)
-    if not (folder / PASSPORT).is_file():
-        found = "is a file" if folder.is_file() else f"holds no {PASSPORT}" if folder.exists() else "is not there"
-        hint = "A bundle is a folder: unpack it first." if folder.is_file() else "`lowres-ft recipe NAME` makes one."
+    if not os.path.isfile(folder / PASSPORT):  # os.path: a name that no system can have is not there either
+        packed = os.path.isfile(folder)
+        found = "is a file" if packed else f"holds no {PASSPORT}" if os.path.exists(folder) else "is not there"
+        hint = "A bundle is a folder: unpack it first." if packed else "`lowres-ft recipe NAME` makes one."
         raise BundleError(f"{folder} {found}, so it is no bundle", hint=hint)
     try:
-        passport = Passport.model_validate_json(foreign.read_bytes(folder / PASSPORT, _LARGEST[PASSPORT], BundleError))
+        passport = Passport.model_validate_json(foreign.read_bytes(folder / PASSPORT, _LARGEST, BundleError))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -274,17 +272,8 @@ def _agree(bundle: Bundle) -> None:
     if theirs.method.trains_base:
         return
     path = bundle.folder / ADAPTER_CONFIG
-    named = foreign.read_json(path, _LARGEST[ADAPTER_CONFIG], BundleError).get("base_model_name_or_path")
-    if named != ours.base.name:
+    if (named := read_config(path).get("base_model_name_or_path")) != ours.base.name:
         raise BundleError(f"{path}: the base is {named} there but {ours.base.name} in {PASSPORT}")
-
-
-def _require_as_saved(adapted: Adapted, path: Path) -> None:
-    """Refuse an adapter_config.json by which another program would compute something else."""
-    expected, found = peft_config(adapted), foreign.read_json(path, _LARGEST[ADAPTER_CONFIG], BundleError)
-    for key in _DECIDES:
-        if key in expected and found.get(key) != expected[key]:
-            raise BundleError(f"{path}: {key} is {shown(found.get(key))}, but the adapter has {shown(expected[key])}")
 
 
 def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:

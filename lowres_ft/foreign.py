@@ -1,6 +1,7 @@
 """Files that others made: read within limits, and only from the folder that was named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def require_inside(folder: Path, name: str, kind: type[LowresError]) -> Path:
         kind: The name leads elsewhere, or is a link to what lies elsewhere.
     """
     path = folder / name
-    if not name or name in (".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+    plain = Path(name).name == name and not any(mark in name for mark in "\\\0") and 0 < len(os.fsencode(name)) < 256
+    if not plain or name in (".", ".."):
         raise kind(f"{folder}: {name!r} is no name of a file of that folder", hint="Nothing else is read.")
     if path.is_symlink():
         home, place = folder.resolve(), path.resolve()

@@ -164,7 +164,7 @@ def changed(tree: Any, rng: random.Random) -> Any:
             case 0:
                 del above[path[-1]]
             case 1 if isinstance(above, dict):
-                above[rng.choice(["x", path[-1] + "s", "", "auto_map", "../x", "\ud800"])] = value
+                above[rng.choice(["x", path[-1] + "s", "", "auto_map", "../x", "\ud800", "a\0", "x" * 5000])] = value
             case 2 if isinstance(above[path[-1]], list | dict | str | int) and not isinstance(above[path[-1]], dict):
                 with contextlib.suppress(OverflowError):
                     above[path[-1]] = above[path[-1]] * rng.choice((0, 2, -1, 1000))

@@ -511,6 +511,7 @@ BUNDLE = [
     Bad("passport with a strange key", VERIFY, "Extra inputs", damage=edit("bundle/lowres.json", run="touch executed")),
     Bad("file outside", VERIFY, "'../reviews.csv' is no name of a file", damage=files_table("../reviews.csv", RECORD)),
     Bad("file of an absolute path", VERIFY, "is no name of a file", damage=files_table("/etc/passwd", RECORD)),
+    Bad("file of a name too long", VERIFY, "is no name of a file", damage=files_table("x" * 300, RECORD)),
     Bad("file called by a folder", VERIFY, "is no name of a file", damage=files_table("a\\..\\b", RECORD)),
     Bad("file linked outside", VERIFY, "a link to", damage=link("bundle/adapter_model.safetensors", "a.safetensors")),
     Bad(
@@ -560,6 +561,13 @@ DISK = [
     Bad("merge into a place that is taken", "merge bundle base -q", "base exists"),
     Bad("predictions below a file", "predict bundle x -q --out reviews.csv/x", "cannot be written"),
     Bad("predictions into a folder", "predict bundle x -q --out base", "cannot be written"),
+    Bad("bundle of a name too long", f"verify {'x' * 300} -q", "is not there"),
+    Bad("base of a name too long", RUN + f" model.base=./{'x' * 300}", "no folder"),
+    Bad("base of a longer path", f"base {'x/' * 3000}", "no folder"),
+    Bad("rows to predict of a name too long", f"predict bundle --file {'x' * 300} -q", "no file"),
+    Bad("rows to score of a name too long", f"evaluate bundle --data {'x' * 300}.csv -q", "no file"),
+    Bad("base given of a name too long", f"verify bundle -q --base /{'x' * 300}", "no folder"),
+    Bad("new recipe of a name too long", f"new {'x' * 300} --from sentiment-lora", "cannot be written"),
     Bad("merge into a name too long", f"merge bundle {'x' * 300} -q", "x" * 300),
     Bad("new recipe over another", "new mine --from sentiment-lora", "mine.yaml exists"),
 ]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lowres_ft import bases, model, profiles, recipe, spec
-from lowres_ft.errors import LowresError, ModelError, RecipeError
+from lowres_ft import bases, gguf, model, profiles, recipe, spec
+from lowres_ft.errors import AssetError, LowresError, ModelError, RecipeError
 from lowres_ft.recipe import ModelSpec
 from tests import fuzz, tiny
 
@@ -98,6 +98,16 @@ def test_a_model_without_measure_is_refused_before_it_is_built(tmp_path: Path, k
     base = bases.resolve(ModelSpec(base=str(folder)))
     with pytest.raises(ModelError, match=f"{key} is .* which no model has"):
         profiles.profile(base, recipe.load_recipe("sentiment-lora").task)
+
+
+def test_a_gguf_list_that_is_longer_than_its_file_is_refused_at_once(tmp_path: Path):
+    path = tiny.gguf(tmp_path / "model.gguf")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    content[at : at + 8] = (2**40).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(AssetError, match="cannot be converted"):
+        gguf.convert(path)
 
 
 def nested(depth: int) -> Any:

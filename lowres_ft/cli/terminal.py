@@ -32,7 +32,7 @@ class _Guarded:
 def guarded() -> Iterator[None]:
     """Let `print` and all else that writes text, but for rich, write what is harmless."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Guarded(sys.stdout), _Guarded(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Guarded(sys.stdout), _Guarded(sys.stderr)
     try:
         yield
     finally:
