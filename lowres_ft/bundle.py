@@ -29,7 +29,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.safetensors"
 _LARGEST = 64 << 20  # bytes of a passport, which holds scores of each of 1,000 classes
 _LOADED = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pkl", "*.py", "*.model", "*.jinja", "additional_chat_templates"),
+    *("*.safetensors", "*.bin", "*.pt", "*.pkl", "*.model", "*.jinja", "additional_chat_templates"),
     *("*config.json", "*.index.json", "token*.json", "special*.json", "added*.json", "vocab.*", "merges.txt"),
 )
 """Files that transformers or PEFT would read, by name."""

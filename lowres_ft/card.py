@@ -2,6 +2,7 @@
 
 import html
 import json
+import unicodedata
 from typing import Any
 
 from lowres_ft import quantize, yaml12
@@ -164,7 +165,8 @@ def _literal(value: object) -> str:
     if not isinstance(value, str):
         return repr(value)
     text = json.dumps(value, ensure_ascii=False)
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+    acts = [mark for mark in set(text) if unicodedata.category(mark) in ("Cc", "Cf", "Co", "Cn")]
+    return text.translate({ord(mark): mark.encode("unicode_escape").decode() for mark in acts})
 
 
 def _quantization(bundle: Bundle) -> str:

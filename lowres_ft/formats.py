@@ -30,7 +30,6 @@ _LONGEST_LINE = 1 << 27  # bytes; a file that is no text may be one line from en
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip, or a spreadsheet",
-    b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }

@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -282,8 +282,10 @@ def _recipes(work: Path) -> Iterator[Reader]:
 
 def _bundle(work: Path) -> Iterator[Reader]:
     from lowres_ft import bundle as bundles
+    from lowres_ft import device
     from lowres_ft.border import read_adapter, read_tensors
     from lowres_ft.pipeline import run
+    from lowres_ft.prediction import Predictor
     from lowres_ft.probes import Probe
     from tests import tiny
     from tests.conftest import recipe
@@ -307,6 +309,15 @@ def _bundle(work: Path) -> Iterator[Reader]:
     def opened(path: Path) -> object:
         return bundles.open_bundle(folder)
 
+    def verified(path: Path) -> object:
+        return bundles.open_bundle(folder).verify(device.find("cpu"))
+
+    def predicted(path: Path) -> object:
+        loaded = bundles.open_bundle(folder).load(device.find("cpu"))
+        return list(Predictor(*loaded).texts(["the film was good"]))
+
+    yield replace(of(bundles.PROBE, verified, header_damage, resealed(bundles.PROBE)), name="verify")
+    yield replace(of(bundles.ADAPTER, predicted, header_damage, resealed(bundles.ADAPTER)), name="predict")
     yield of("lowres.json", opened, json_damage)
     yield of("adapter_config.json", opened, json_damage, resealed("adapter_config.json"))
     yield of("recipe.yaml", opened, yaml_damage, resealed("recipe.yaml"))

@@ -13,11 +13,11 @@ from lowres_ft.recipe import ModelSpec
 from tests import fuzz, tiny
 
 FILES = 40  # for each reader; `python -m tests.fuzz` runs as long as one likes
-SLOW = {"model.safetensors": 10, "config.json": 20}
+SLOW = {"model.safetensors": 10, "config.json": 20, "verify": 10, "predict": 10}
 NAMES = (
     *("csv", "tsv", "jsonl", "json", "parquet", "conll", "recipe", "overrides", "lowres.json", "adapter_config.json"),
     *("recipe.yaml", "adapter_model.safetensors", "probe.safetensors", "config.json", "tokenizer.json"),
-    *("tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "gguf"),
+    *("tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "gguf", "verify", "predict"),
 )
 
 

@@ -17,7 +17,9 @@ class _Guarded:
     def write(self, text: str) -> int:
         stream = self.rich_proxied_file
         encoding = stream.encoding or "utf-8"
-        stream.write(harmless(text).encode(encoding, "backslashreplace").decode(encoding))
+        begin = "\r" * text.startswith("\r")  # progress bars of other libraries
+        told = begin + harmless(text.removeprefix(begin))
+        stream.write(told.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterator[str]) -> None:
