@@ -19,7 +19,7 @@ def read_bytes(path: Path, most: int, kind: type[LowresError]) -> bytes:
         with open(path, "rb") as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise kind(f"{path} cannot be read: {error.strerror or error}") from error
+        raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(content) > most:
         raise kind(f"{path} is larger than {show_bytes(most)}", hint="No file of this kind is that large.")
     return content
@@ -33,18 +33,11 @@ def read_json(path: Path, most: int, kind: type[LowresError]) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_bytes(path, most, kind).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise kind(f"{path} cannot be read: {why(error)}", hint="It is damaged: fetch it again.") from error
+    except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, among it
+        raise kind(f"{path}: cannot be read: {error}", hint="It is damaged: fetch it again.") from error
     if not isinstance(content, dict):
         raise kind(f"{path} is not an object in JSON", hint="It is damaged: fetch it again.")
     return content
-
-
-def why(error: ValueError | RecursionError) -> str:
-    """Why JSON cannot be read."""
-    if isinstance(error, RecursionError):
-        return "lists and objects are nested too deeply"
-    return "a number has too many digits" if "digits" in str(error) else str(error)
 
 
 def require_inside(folder: Path, name: str, kind: type[LowresError]) -> Path:

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from lowres_ft.errors import DataError, first_line
-from lowres_ft.foreign import why
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands ("train.csv:17"), and its values by column."""
@@ -138,7 +137,7 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}", hint=_OBJECTS) from error
         except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, for Python
-            raise DataError(f"{name}:{number}: cannot be read: {why(error)}", hint=_OBJECTS) from error
+            raise DataError(f"{name}:{number}: cannot be read: {error}", hint=_OBJECTS) from error
         if not isinstance(value, dict):
             raise DataError(f"{name}:{number}: a {type(value).__name__}, not an object", hint=_OBJECTS)
         yield f"{name}:{number}", value
@@ -151,7 +150,7 @@ def _json(path: Path, name: str) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}", hint=_ARRAY) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: cannot be read: {why(error)}", hint=_ARRAY) from error
+        raise DataError(f"{name}: cannot be read: {error}", hint=_ARRAY) from error
     if not isinstance(values, list):
         raise DataError(f"{name} holds {_KINDS[type(values)]}, not an array of objects", hint=_ARRAY)
     for number, value in enumerate(values, start=1):

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowres_ft.errors import AssetError, first_line
 from lowres_ft.files import sha256
 
 if TYPE_CHECKING:
@@ -40,17 +39,8 @@ def convert(path: Path) -> None:
     """Replace a GGUF file by the files of a transformers model, in its folder.
 
     Raises:
-        AssetError: It is no Llama with SmolLM's tokenizer, the only kind that is understood, or it is broken.
+        ValueError: It is no Llama with SmolLM's tokenizer, the only kind that is understood.
     """
-    try:
-        _convert(path)
-    except OSError:
-        raise
-    except Exception as error:  # what a file holds is anyone's
-        raise AssetError(f"{path.name} cannot be converted: {type(error).__name__}: {first_line(error)}") from error
-
-
-def _convert(path: Path) -> None:
     reader = _reader(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     kind = (fields["general.architecture"], fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"])

@@ -223,9 +223,9 @@ def readers(work: Path) -> dict[str, Reader]:
     place = work / "gguf" / "model.gguf"
     place.parent.mkdir()
 
-    from lowres_ft import gguf
+    from lowres_ft import assets
 
-    found.append(Reader("gguf", tiny.gguf(place).read_bytes(), place, gguf.convert))
+    found.append(Reader("gguf", tiny.gguf(place).read_bytes(), place, assets.convert))
     return {reader.name: reader for reader in found}
 
 

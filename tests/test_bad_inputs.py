@@ -308,8 +308,8 @@ MODEL = [
     Bad("pickled weights in a file", RUN + " model.base={file}", "is a file", PICKLE, "weights.bin"),
     Bad("pickle called safetensors", RUN, "cannot be loaded", damage=write("base/model.safetensors", PICKLE)),
     Bad("no config", RUN, "holds no config.json", damage=remove("base/config.json")),
-    Bad("config is no JSON", RUN, "config.json cannot be read", damage=write("base/config.json", "{")),
-    Bad("config nested", RUN, "config.json cannot be read", damage=write("base/config.json", '{"a":' * 100_000)),
+    Bad("config is no JSON", RUN, "config.json: cannot be read", damage=write("base/config.json", "{")),
+    Bad("config nested", RUN, "config.json: cannot be read", damage=write("base/config.json", '{"a":' * 100_000)),
     Bad(
         "config with its own code",
         RUN,

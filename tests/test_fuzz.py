@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowres_ft import bases, gguf, model, profiles, recipe, spec
+from lowres_ft import assets, bases, model, profiles, recipe, spec
 from lowres_ft.errors import AssetError, LowresError, ModelError, RecipeError
 from lowres_ft.recipe import ModelSpec
 from tests import fuzz, tiny
@@ -107,7 +107,7 @@ def test_a_gguf_list_that_is_longer_than_its_file_is_refused_at_once(tmp_path: P
     content[at : at + 8] = (2**40).to_bytes(8, "little")
     path.write_bytes(content)
     with pytest.raises(AssetError, match="cannot be converted"):
-        gguf.convert(path)
+        assets.convert(path)
 
 
 def nested(depth: int) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowres_ft import foreign, yaml12
+from lowres_ft import assets, foreign, yaml12
 from lowres_ft.assets import fetch
 from lowres_ft.bundle import Bundle
 from lowres_ft.cli import bundles, terminal
@@ -227,11 +227,9 @@ def test_a_wheel_does_not_write_outside(index: Path, tmp_path: Path, name: str):
 
 
 def test_a_broken_gguf_is_told(tmp_path: Path):
-    from lowres_ft import gguf
-
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(AssetError, match=r"model.gguf cannot be converted"):
-        gguf.convert(tmp_path / "model.gguf")
+        assets.convert(tmp_path / "model.gguf")
 
 
 # Files of a folder
