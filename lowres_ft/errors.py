@@ -59,6 +59,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line; its kind where it says nothing."""
+    """What an error of another library says, in one line; its kind where it says nothing, or a key alone."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    kind = type(error).__name__
+    return kind if not lines else f"{kind}: {lines[0]}" if isinstance(error, KeyError) else lines[0]

@@ -105,8 +105,9 @@ def _require_mergeable(bundle: Bundle, out: Path, base: str | None, quantize: st
     """Tell before anything is loaded what cannot be merged."""
     if bundle.recipe.method.trains_base:
         raise BundleError(f"{bundle.folder} holds a whole model: there is nothing to merge")
-    if out.exists():
-        raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
+    with writing(out):
+        if out.exists():
+            raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
     if quantize is not None:
         require_widths(profiles.profile(bundle.base(base), bundle.recipe.task), quantize)
 

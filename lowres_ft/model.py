@@ -26,7 +26,7 @@ from lowres_ft import (
     streaming,
     weights,
 )
-from lowres_ft.bases import VOCABULARIES, Base
+from lowres_ft.bases import VOCABULARIES, Base, require_no_code
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
 from lowres_ft.linear import FROZEN_HALVES
@@ -39,6 +39,7 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.streaming import Stream
 from lowres_ft.tasks.base import Task
 
+_ANY_TEXT = "No word that is known: \ufeff\u202e \u00e9\U0001f600"
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
 
@@ -208,9 +209,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # transformers would make an empty tokenizer
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+    require_no_code(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+        for pair in ((), ([_ANY_TEXT],)):  # a broken one may load, and fail at its first text
+            tokenizer([_ANY_TEXT], *pair)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+            raise
         raise ModelError(f"{folder}: no tokenizer can be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

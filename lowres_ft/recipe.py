@@ -17,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from lowres_ft import registry, yaml12
+from lowres_ft import foreign, registry, yaml12
 from lowres_ft.clean import known
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
@@ -197,11 +197,9 @@ def raw(name_or_path: str | Path) -> dict[str, Any]:
     """The plain values of a recipe file, before they are validated."""
     path = _find(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = foreign.read_bytes(path, _LARGEST, RecipeError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error}", hint="Save the recipe as UTF-8 text.") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     found = yaml12.loads(text, where=str(path))
     if not isinstance(found, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of {', '.join(_TOP)}", hint="See `lowres-ft show NAME`.")
@@ -274,6 +272,7 @@ def _misspelled(path: str, found: Mapping[str, str]) -> bool:
     )
 
 
+_LARGEST = 1 << 20  # bytes of a recipe's file
 _HINT = "`lowres-ft show sentiment-lora` prints a whole recipe; the README explains every key."
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import lowres_ft
-from lowres_ft.cli import bundles, chat, checks, comparing, machine, recipes
+from lowres_ft.cli import bundles, chat, checks, comparing, machine, recipes, terminal
 from lowres_ft.errors import LowresError
 
 app = typer.Typer(
@@ -56,6 +56,11 @@ def main() -> None:
     """Run the command line. Exit 2 for a LowresError, 130 and 143 for signals; anything else keeps its traceback."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    with terminal.guarded():
+        _run()
+
+
+def _run() -> None:
     try:
         app(prog_name="lowres-ft")
     except LowresError as error:
