@@ -9,7 +9,8 @@ say: an error lists what each such change saves.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowres_ft import device, memory
+from lowres_ft import bases, device, memory, profiles
+from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
 from lowres_ft.errors import LowresError, ModelError
@@ -60,11 +61,29 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
     for last in plans(recipe, plan, profile):
         if (least := needs(recipe, last)) <= most:
             return last
-    listed = [f"{one.change} saves {show_bytes(one.saves)}" for one in remedies(recipe, last, least, needs)]
+    listed = _listed(remedies(recipe, last, least, needs))
     raise ModelError(
         f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}",
-        hint="; ".join(listed) if listed else "Use a smaller base.",
+        hint=listed or "Use a smaller base.",
     )
+
+
+def _listed(found: Sequence[Remedy]) -> str:
+    return "; ".join(f"{one.change} saves {show_bytes(one.saves)}" for one in found)
+
+
+def advice(recipe: Recipe, machine: Machine) -> str:
+    """What changes of a recipe would save by the most frugal plan, in words; for a run whose memory ran out."""
+    other = "Give it more memory, or use a smaller base or a smaller task.max_length."
+    try:
+        base = bases.resolve(recipe.model)
+        profile = profiles.profile(base, recipe.task)
+        needs: Needs = lambda one, by: memory.estimate(one, base, profile, by)[0].total  # noqa: E731
+        *_, last = plans(recipe, made.make(recipe, profile, machine), profile)
+        found = remedies(recipe, last, needs(recipe, last), needs)
+    except (LowresError, MemoryError, RuntimeError):  # there is no memory even for that
+        return other
+    return _listed(found) or other
 
 
 def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:

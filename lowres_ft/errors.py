@@ -6,6 +6,7 @@ LowresError
 ├── DataError        a data file or one of its rows is wrong
 ├── ModelError       a base cannot be loaded, adapted or quantized as asked
 ├── TrainingError    training cannot go on
+├── OutOfMemoryError memory runs out, even for one example
 ├── BundleError      a bundle is broken, or does not belong to this base
 └── OutputError      a result cannot be written where it was asked for
 """
@@ -41,6 +42,10 @@ class ModelError(LowresError):
 
 class TrainingError(LowresError):
     """Training cannot go on; the message names step, rate and rows."""
+
+
+class OutOfMemoryError(LowresError):
+    """Memory runs out where nothing smaller can be tried; the hint lists changes of the recipe that need less."""
 
 
 class BundleError(LowresError):

@@ -2,7 +2,7 @@
 
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.reading import Passing
 from lowres_ft.recipe import Recipe
+from lowres_ft.shortage import Room
 from lowres_ft.streaming import Stream
 from lowres_ft.tasks.base import Task
 
@@ -62,6 +63,8 @@ class Adapted:
     cleaners: tuple[str, ...]
     stream: Stream | None = None
     """Where frozen layers pass through room for two of them: what brings them."""
+    room: Room = field(default_factory=Room)
+    """What of it turned out to fit into memory."""
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,10 @@
 import itertools
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,11 +28,13 @@ from lowres_ft import (
     exhibits,
     files,
     model,
+    optimizers,
     page,
     probes,
     profiles,
     quantize,
     report,
+    shortage,
     train,
 )
 from lowres_ft import contrast as contrasts
@@ -39,7 +44,7 @@ from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
-from lowres_ft.errors import BundleError
+from lowres_ft.errors import BundleError, OutOfMemoryError
 from lowres_ft.evaluate import Baseline, Scores
 from lowres_ft.events import Evaluated, Fetching, Listener, Note, Stage, Trained, unheard
 from lowres_ft.model import Adapted
@@ -74,13 +79,29 @@ def run(
         for text in rows.notes:
             listen(Note(text))
         resolved = recipe.model_copy(update={"task": rows.task})
-        draft = _experiment(resolved, rows, machine, place, listen)
-        if draft is not None:
-            listen(Stage("loading what was written, and comparing"))
-            bundle.seal(draft.bundle, machine, draft.probe, draft.expected)
-            files.publish(place.draft, place.out)
+        with _remedied(resolved, machine):
+            draft = _experiment(resolved, rows, machine, place, listen)
+            if draft is not None:
+                listen(Stage("loading what was written, and comparing"))
+                shortage.twice(partial(bundle.seal, draft.bundle, machine, draft.probe, draft.expected), machine.device)
+                files.publish(place.draft, place.out)
     device.wait_for_all(machine)
     return bundle.open_bundle(place.out)
+
+
+@contextmanager
+def _remedied(recipe: Recipe, machine: Machine) -> Iterator[None]:
+    """Say, where memory runs out, what changes of the recipe would save."""
+    try:
+        with shortage.named("neither training nor an evaluation could be made smaller"):
+            yield
+    except OutOfMemoryError as error:
+        message, hint = error.message, error.hint
+    else:
+        return
+    # Outside of the handler, whose error holds what filled the memory.
+    shortage.release(machine.device)
+    raise OutOfMemoryError(message, hint=hint or budget.advice(recipe, machine))
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     profiles.require_length(profile, recipe.task)
     recipe.task.prepare(model.load_tokenizer(base.folder))
     quantize.require_widths(profile, recipe.model.quantize)
-    train.require_optimizer(recipe.train, machine.device)
+    optimizers.require(recipe.train, machine.device)
     resolved = recipe.model_copy(update={"task": rows.task})
     plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine)
     return Rehearsal(
@@ -189,7 +210,7 @@ def _reported(
     """What report.json holds, but for what is known once the bundle is written."""
     scores, baselines = _scores(ready, predicted, base)
     task, tokens, train_rows = ready.adapted.task, ready.tokens, ready.rows.train
-    told = [exhibits.untold_temperature(task, predicted)]
+    told = [exhibits.untold_temperature(task, predicted), ready.adapted.room.found(ready.plan)]
     if baselines and len(train_rows) > task.baseline_rows:
         told.append(f"the baselines saw {task.baseline_rows:,} of {len(train_rows):,} training rows")
     told = [text for text in told if text]
@@ -212,7 +233,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
-    adapted = model.load(resolved, base, profile, plan)
+    adapted = shortage.twice(partial(model.load, resolved, base, profile, plan), plan.device)
     plan, revised = behaviour.revise(adapted, plan)
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage("tokenizing"))
@@ -229,7 +250,7 @@ def profiled(recipe: Recipe, task: Task, base: Base, machine: Machine) -> Profil
     profiles.targets(recipe.method, profile.linears)
     profiles.require_length(profile, task)
     quantize.require_widths(profile, recipe.model.quantize)
-    train.require_optimizer(recipe.train, machine.device)
+    optimizers.require(recipe.train, machine.device)
     return profile
 
 
@@ -289,10 +310,12 @@ def fit(ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard)
     evaluations: list[tuple[int, float]] = []
     for step in train.train(state, tokens["train"], plan, machine):
         steps.append(step)
+        _tell(adapted, listen)
         log.write(json.dumps(asdict(step)) + "\n")
         listen(Trained(step, state.total))
         if "validation" in tokens and (step.number % every == 0 or step.number == state.total):
             predicted = evaluate.outputs(adapted, tokens["validation"], plan)
+            _tell(adapted, listen)
             truth = tokens["validation"].truth
             value = evaluate.metric(task.tune(truth, predicted), truth, predicted)  # as the end result is scored
             value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
@@ -302,6 +325,12 @@ def fit(ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard)
             listen(Evaluated(step.number, task.metric, value))
     state.restore_best()
     return Measured.of(steps, evaluations, state.best_step, plan.device)
+
+
+def _tell(adapted: Adapted, listen: Listener) -> None:
+    """Say what was found out about memory since the last time."""
+    while adapted.room.told:
+        listen(Note(adapted.room.told.pop(0)))
 
 
 def _scores(

@@ -17,9 +17,9 @@ LAYERS = (
     "recipe overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
-    " simulate memory speed budget mapped streaming folders",
-    "train evaluate significance bundle border probes card merging prediction generation contrast comparison checks"
-    " checking powerlaw",
+    " simulate memory speed budget mapped streaming folders shortage",
+    "train optimizers evaluate significance bundle border probes card merging prediction generation contrast comparison"
+    " checks checking powerlaw",
     "report exhibits page pipeline runs curve plotting forecast doctor",
     "cli __main__",
 )
