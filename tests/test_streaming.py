@@ -3,13 +3,13 @@
 import gc
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowres_ft import bases as base_module
 from lowres_ft import budget, device, evaluate, folders, mapped, memory, model, profiles, simulate, streaming
@@ -18,7 +18,7 @@ from lowres_ft.bases import Base
 from lowres_ft.errors import ModelError
 from lowres_ft.pipeline import rehearse, run
 from lowres_ft.recipe import Recipe
-from lowres_ft.streaming import Copies, Pages, Slots, Stream
+from lowres_ft.streaming import Copies, Pages, Slots
 from lowres_ft.train import train
 from tests import tiny, tiny_chat
 from tests.conftest import Prepared, prepare, recipe
@@ -326,39 +326,3 @@ def test_the_memory_told_is_that_of_two_layers(bases: Bases, reviews: Path, tmp_
     base = model_base(wanted)
     account = simulate.account(wanted, base, profiles.profile(base, wanted.task), passing.plan, 2, 8)
     assert account.held.passing == sum(streaming.layer_bytes(passing.adapted.model, stack(wanted)))
-
-
-@pytest.fixture
-def line() -> Iterator[tuple[nn.Sequential, "Recorded"]]:
-    layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
-    place = Recorded()
-    stream = Stream(list(layers), place)
-    yield layers, place
-    stream.end()
-
-
-class Recorded:
-    """A place that notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int | None]] = []
-
-    def show(self, at: int, ahead: int | None) -> None:
-        self.asked.append((at, ahead))
-
-    def resident(self) -> set[int]:
-        return set()
-
-    def settle(self) -> None:
-        pass
-
-
-def test_layers_are_asked_for_in_the_order_in_which_they_compute(line: tuple[nn.Sequential, Recorded]):
-    layers, place = line
-    layers(torch.ones(1, 2)).sum().backward()
-    forward = [(0, 1), (1, 2), (2, 3), (3, None)]
-    assert place.asked == [*forward, (3, 2), (2, 1), (1, 0), (0, None)]
-    place.asked.clear()
-    with torch.inference_mode():
-        layers(torch.ones(1, 2))
-    assert place.asked == forward
