@@ -12,6 +12,7 @@ A layer says that it begins: forward before it is called, backward when the grad
 layer beyond it does is asked of the device by then, as autograd takes later operations first.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -294,9 +295,14 @@ def _keep_words(model: PreTrainedModel, device: torch.device) -> Callable[[], No
     name = words_apart(model)
     if name is None:
         return lambda: None
-    words = model.get_submodule(name)
+    words, known = model.get_submodule(name), weakref.ref(model)  # a model that held itself would not go when it could
     model.set_submodule(name, HostEmbedding(words, device))
-    return lambda: model.set_submodule(name, words.to(device))
+
+    def undo() -> None:
+        if (still := known()) is not None:
+            still.set_submodule(name, words.to(device))
+
+    return undo
 
 
 def _sources(held: Sequence[Block], device: torch.device) -> list[Tensor]:
