@@ -1,11 +1,14 @@
 """What fuzzing found, and a short run of it over every reader: see tests/fuzz.py."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowres_ft import assets, bases, model, profiles, recipe, spec
 from lowres_ft.errors import AssetError, LowresError, ModelError, RecipeError
@@ -130,3 +133,15 @@ def test_any_override_is_taken_or_refused(typed: str):
         recipe.load_recipe("sentiment-lora", [f"train.epochs={typed}"])
     with pytest.raises(LowresError):
         recipe.load_recipe("sentiment-lora", [f"{typed}=1"])
+
+
+KEYS = st.sampled_from(
+    ["task.labels", "model.base", "method.rank", "data", "train.epochs", "method.kind", "task", "x.y"]
+)
+
+
+@settings(deadline=None)
+@given(KEYS | st.text(st.characters()), st.text(st.characters()) | st.text("[]{},:'\"-&*! 0e.", max_size=20))
+def test_any_text_behind_any_key_is_taken_or_refused(key: str, value: str):
+    with contextlib.suppress(RecipeError):
+        recipe.load_recipe("sentiment-lora", [f"{key}={value}"])
