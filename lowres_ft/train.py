@@ -224,7 +224,7 @@ def _gradients(
         for part, batch in micro_batches(mine, tokens, _cut_plan(state, plan), state.adapted):
             summed = _backward(state, batch, state.loss_scale / count)
             if not math.isfinite(summed):
-                raise TrainingError(_not_finite("loss", state.step, rate, tokens.where(part)), hint=_NOT_FINITE_HINT)
+                raise _not_finite("loss", state.step, rate, tokens.where(part))
             loss += summed / count
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         if machine.processes > 1:
@@ -277,7 +277,7 @@ def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarra
     parameters = list(state.adapted.trained().values())
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, state.spec.clip or math.inf))
     if not math.isfinite(norm):
-        raise TrainingError(_not_finite("gradient", state.step, rate, tokens.where(positions)), hint=_NOT_FINITE_HINT)
+        raise _not_finite("gradient", state.step, rate, tokens.where(positions))
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["rate"]
     state.optimizer.step()
@@ -287,6 +287,10 @@ def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarra
 _NOT_FINITE_HINT = "Lower train.learning_rate, or use model.dtype=float32."
 
 
-def _not_finite(what: str, step: int, rate: float, rows: list[str]) -> str:
+_AT_ONCE_HINT = "Nothing was learned yet: the base's weights are at fault, or model.dtype=float32 is needed."
+
+
+def _not_finite(what: str, step: int, rate: float, rows: list[str]) -> TrainingError:
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return f"step {step + 1}: the {what} is not finite (learning rate {rate:g}; rows {shown})"
+    told = f"step {step + 1}: the {what} is not finite (learning rate {rate:g}; rows {shown})"
+    return TrainingError(told, hint=_NOT_FINITE_HINT if step else _AT_ONCE_HINT)

@@ -352,7 +352,7 @@ MODEL = [
         "cannot be loaded",
         damage=header("base/model.safetensors", first(lambda entry: entry.update(shape=[2**40, 2**20]))),
     ),
-    Bad("weights that are no numbers", RUN, "", damage=tensors("base/model.safetensors", nan)),
+    Bad("weights that are no numbers", RUN, "base's weights are at fault", damage=tensors("base/model.safetensors", nan)),
     Bad(
         "shards outside",
         RUN,
