@@ -73,8 +73,14 @@ def compared(bundles: dict[str, Path]) -> dict[str, Any]:
         found["reports"][method] = {key: report[key] for key in keys}
     if len(bundles) > 1:
         written = _lowres("compare", *bundles.values(), "--json", "--quiet")
-        found["comparison"] = json.loads(written) | {"methods": list(bundles)}
+        found["comparison"] = _of_methods(json.loads(written), list(bundles))
     return found
+
+
+def _of_methods(comparison: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    """A comparison for the record: bundles by their methods instead of folders, of the changed rows their number."""
+    own = [one | {"name": method} for one, method in zip(comparison["bundles"], methods, strict=True)]
+    return comparison | {"bundles": own, "methods": methods, "changed": len(comparison["changed"])}
 
 
 def _lowres(*arguments: object) -> str:

@@ -39,13 +39,13 @@ _GRIDS = {
     "rotten-tomatoes": Grid("sentiment-lora", _STEPS, (62, 125, 250, 500, 1000, 2000, 4000)),
     "wnut16": Grid(
         "entities-lora",
-        ("train.steps=784", "train.evaluate_every=98"),
-        (50, 100, 200, 400, 800, 1561),
+        ("train.steps=720", "train.evaluate_every=90", "data.test=0.3"),
+        (44, 88, 177, 355, 710, 1421),
     ),
     "reuters-r8": Grid(
         "topics-lora-int8",
-        (*_STEPS, "model.quantize=none", "task.max_length=64"),
-        (62, 125, 250, 500, 1000, 2000, 4000),
+        ("train.steps=400", "train.evaluate_every=80", "model.quantize=none", "task.max_length=64"),
+        (125, 250, 500, 1000, 2000, 4000),
     ),
 }
 

@@ -158,6 +158,7 @@ def _too_small(cell: Cell, record: Found) -> float | None:
     for one in record["cells"].values():
         same = all(one[name] == getattr(cell, name) for name in ("shape", "numbers", "length"))
         same = same and one["way"].split()[0] == cell.ways[0].family
+        same = same and ("passing" in one["way"]) == cell.ways[0].passing
         if same and cell.cap and (one["cap"] or 0) > cell.cap and not one.get("fits", True):
             return float(one["cap"])
     return None

@@ -83,17 +83,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-small": ("gemma3_text", _llama(512, 2048, 10, (4, 1), 80_000, head_dim=128, sliding_window=256)),
 }
 """Model type and config fields; smollm2, bert-base and their like have the sizes of those."""
+LARGE: dict[str, tuple[str, dict[str, Any]]] = {"llama-1b": ("llama", _llama(2048, 5632, 24, (32, 8), 512))}
+"""2 GiB in bf16, nearly all of them in layers."""
 _WRITERS = ("llama", "qwen3", "gemma3_text")
 
 
-def write_base(name: str, folder: Path) -> None:
+def write_base(name: str, folder: Path, dtype: str = "float32") -> None:
     """Write a base of a shape, its weights random, with a tokenizer of single letters."""
-    kind, fields = SHAPES[name]
+    kind, fields = (SHAPES | LARGE)[name]
     words = _tokenizer()
     torch.manual_seed(0)
     ids = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
     config = AutoConfig.for_model(kind, **fields, **ids)
-    made = (AutoModelForCausalLM if kind in _WRITERS else AutoModel).from_config(config)
+    made = (AutoModelForCausalLM if kind in _WRITERS else AutoModel).from_config(config, dtype=getattr(torch, dtype))
     made.save_pretrained(folder)
     words.save_pretrained(folder)
 

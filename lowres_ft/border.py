@@ -10,12 +10,20 @@ from safetensors.torch import load as tensors_from
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lowres_ft import foreign
 from lowres_ft.errors import BundleError
 from lowres_ft.linear import FROZEN_HALVES, AdaptedLinear
 from lowres_ft.methods.base import matches
 from lowres_ft.model import Adapted
+from lowres_ft.spec import shown
 
 _PREFIX = "base_model.model."
+_LARGEST = 1 << 20  # bytes of an adapter_config.json
+_DECIDES = (
+    *("peft_type", "task_type", "r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "modules_to_save"),
+    *("feedforward_modules", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern", "auto_mapping"),
+)
+"""Keys by which PEFT decides what an adapter computes."""
 
 
 def peft_tensors(adapted: Adapted) -> dict[str, Tensor]:
@@ -45,7 +53,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return tensors_from(path.read_bytes())
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
@@ -74,6 +82,28 @@ def peft_config(adapted: Adapted) -> dict[str, Any]:
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     found: dict[str, Any] = json.loads(json.dumps(plain))
     return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of an adapter_config.json, of which versions of PEFT know more or fewer keys.
+
+    Raises:
+        BundleError: It cannot be read.
+    """
+    return foreign.read_json(path, _LARGEST, BundleError)
+
+
+def require_as_saved(adapted: Adapted, path: Path) -> None:
+    """Refuse an adapter_config.json by which another program would compute something else.
+
+    Raises:
+        BundleError: It says something else than what the adapter was saved with.
+    """
+    expected, found = peft_config(adapted), read_config(path)
+    for key in _DECIDES:
+        as_usual = key not in found and not expected.get(key)  # another version of PEFT may not write it
+        if key in expected and not as_usual and found.get(key) != expected[key]:
+            raise BundleError(f"{path}: {key} is {shown(found.get(key))}, but the adapter has {shown(expected[key])}")
 
 
 def _shortest_names(adapted: Adapted) -> list[str]:

@@ -1,18 +1,20 @@
 """What to do when a run does not fit: the plan is made more frugal, in the order of what that costs in time.
 
 First micro-batches get smaller, which costs little while they hold some hundred tokens; then activations are computed
-again, of a selection and then of whole layers; then attention is. None of it changes the result beyond rounding. What
-would change it, such as quantizing the base, is for the recipe to say: an error lists what each such change saves.
+again, of a selection and then of whole layers; then attention is; at last layers pass through room for two of them.
+None of it changes the result beyond rounding. What would change it, such as quantizing the base, is for the recipe to
+say: an error lists what each such change saves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowres_ft import device, memory
+from lowres_ft import bases, device, memory, profiles
+from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
 from lowres_ft.errors import LowresError, ModelError
-from lowres_ft.plan import Plan
+from lowres_ft.plan import Plan, why_resident
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import parse_bytes, show_bytes
@@ -59,11 +61,29 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
     for last in plans(recipe, plan, profile):
         if (least := needs(recipe, last)) <= most:
             return last
-    listed = [f"{one.change} saves {show_bytes(one.saves)}" for one in remedies(recipe, last, least, needs)]
+    listed = _listed(remedies(recipe, last, least, needs))
     raise ModelError(
         f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}",
-        hint="; ".join(listed) if listed else "Use a smaller base.",
+        hint=listed or "Use a smaller base.",
     )
+
+
+def _listed(found: Sequence[Remedy]) -> str:
+    return "; ".join(f"{one.change} saves {show_bytes(one.saves)}" for one in found)
+
+
+def advice(recipe: Recipe, machine: Machine) -> str:
+    """What changes of a recipe would save by the most frugal plan, in words; for a run whose memory ran out."""
+    other = "Give it more memory, or use a smaller base or a smaller task.max_length."
+    try:
+        base = bases.resolve(recipe.model)
+        profile = profiles.profile(base, recipe.task)
+        needs: Needs = lambda one, by: memory.estimate(one, base, profile, by)[0].total  # noqa: E731
+        *_, last = plans(recipe, made.make(recipe, profile, machine), profile)
+        found = remedies(recipe, last, needs(recipe, last), needs)
+    except (LowresError, MemoryError, RuntimeError):  # there is no memory even for that
+        return other
+    return _listed(found) or other
 
 
 def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
@@ -81,7 +101,10 @@ def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
         again = {
             length: "recomputed" if kernel == "kept" else kernel for length, kernel in plan.attention_kernels.items()
         }
-        yield plan.model_copy(update={"attention_kernels": again})
+        plan = plan.model_copy(update={"attention_kernels": again})
+        yield plan
+    if recipe.budget.offload == "auto" and not why_resident(recipe, profile, plan.device.partition(":")[0]):
+        yield plan.model_copy(update={"offload": "layers"})
 
 
 def remedies(recipe: Recipe, plan: Plan, now: int, needs: Needs) -> list[Remedy]:

@@ -1,5 +1,6 @@
 """Bundles: an adapter that any PEFT client reads, and a passport that knows its base, its labels and its scores."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +9,11 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
-from lowres_ft import bases, behaviour, model, profiles, recipe
+from lowres_ft import bases, behaviour, folders, foreign, model, profiles, recipe
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
-from lowres_ft.border import peft_config, peft_tensors, read_adapter, read_tensors
+from lowres_ft.border import peft_config, peft_tensors, read_adapter, read_config, read_tensors, require_as_saved
 from lowres_ft.device import Dtype, Machine, versions
 from lowres_ft.errors import BundleError, LowresError, ModelError
 from lowres_ft.files import sha256, write_bytes, write_json, writing
@@ -24,7 +25,14 @@ from lowres_ft.spec import Spec
 
 PASSPORT = "lowres.json"
 ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.safetensors"
+_LARGEST = 64 << 20  # bytes of a passport, which holds scores of each of 1,000 classes
+_LOADED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pkl", "*.model", "*.jinja", "additional_chat_templates"),
+    *("*config.json", "*.index.json", "token*.json", "special*.json", "added*.json", "vocab.*", "merges.txt"),
+)
+"""Files that transformers or PEFT would read, by name."""
 _TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
 _RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
 
@@ -152,7 +160,7 @@ class Bundle:
         path = self.folder / PROBE
         if not path.is_file():
             return None
-        return Probe.of(read_tensors(path))
+        return Probe.of(read_tensors(path), path)
 
     def verify(self, machine: Machine, base: str | None = None, progress: Progress | None = None) -> "Verified":
         """Compare the probe rows' logits with those recorded; `open_bundle` has compared the hashes.
@@ -167,8 +175,15 @@ class Bundle:
                 self.base(base, progress)
             return Verified(len(self.passport.files), needs_base, 0, None, exact=False)
         adapted, plan = self.load(machine, dtype="float32", base=base, progress=progress)
+        if needs_base:
+            require_as_saved(adapted, self.folder / ADAPTER_CONFIG)
         found = probed.logits(adapted)
-        gap = float((found - read_tensors(self.folder / PROBE)["logits"]).abs().max())
+        recorded = read_tensors(self.folder / PROBE)["logits"]
+        if found.shape != recorded.shape:
+            raise BundleError(
+                f"{self.folder / PROBE} holds logits of {tuple(recorded.shape)}, not {tuple(found.shape)}"
+            )
+        gap = float((found - recorded).abs().max())
         ours = self.passport
         same = (ours.host, ours.plan.device, ours.versions, ours.plan.threads) == (
             machine.host,
@@ -205,11 +220,13 @@ def open_bundle(folder: str | Path) -> Bundle:
         BundleError: It is no bundle, or a file is missing or changed.
     """
     folder = Path(folder)
-    if not (folder / PASSPORT).is_file():
-        found = "is not there" if not folder.exists() else f"holds no {PASSPORT}"
-        raise BundleError(f"{folder} {found}, so it is no bundle", hint="`lowres-ft recipe NAME` makes one.")
+    if not os.path.isfile(folder / PASSPORT):  # os.path: a name that no system can have is not there either
+        packed = os.path.isfile(folder)
+        found = "is a file" if packed else f"holds no {PASSPORT}" if os.path.exists(folder) else "is not there"
+        hint = "A bundle is a folder: unpack it first." if packed else "`lowres-ft recipe NAME` makes one."
+        raise BundleError(f"{folder} {found}, so it is no bundle", hint=hint)
     try:
-        passport = Passport.model_validate_json((folder / PASSPORT).read_bytes())
+        passport = Passport.model_validate_json(foreign.read_bytes(folder / PASSPORT, _LARGEST, BundleError))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -217,15 +234,27 @@ def open_bundle(folder: str | Path) -> Bundle:
             f"{folder / PASSPORT}: {where}: {first['msg']}", hint="It is damaged, or of a newer format."
         ) from error
     for name, record in passport.files.items():
-        path = folder / name
+        path = foreign.require_inside(folder, name, BundleError)
         if not path.is_file():
             raise BundleError(f"{folder} lacks {name}", hint="Ask for the whole bundle again.")
         if path.stat().st_size != record.size or sha256(path) != record.sha256:
             raise BundleError(f"{path} is not what {PASSPORT} says: it was changed", hint="Ask for the bundle again.")
+    _require_listed(folder, passport)
     loaded = recipe.load_recipe(folder / "recipe.yaml")
     bundle = Bundle(folder, passport, loaded)
     _agree(bundle)
     return bundle
+
+
+def _require_listed(folder: Path, passport: Passport) -> None:
+    """Refuse a bundle without its recipe or weights, and files that a loader would read but nobody vouches for."""
+    adapter = () if passport.method == "full" else (ADAPTER, ADAPTER_CONFIG)
+    for name in ("recipe.yaml", *adapter):
+        if name not in passport.files:
+            raise BundleError(f"{folder / PASSPORT} names no {name}", hint="Ask for the whole bundle again.")
+    for path in sorted(folder.iterdir()):
+        if path.name not in passport.files and any(path.match(pattern) for pattern in _LOADED):
+            raise BundleError(f"{path} is not named in {PASSPORT}, and would be loaded", hint="Remove it.")
 
 
 def _agree(bundle: Bundle) -> None:
@@ -240,16 +269,21 @@ def _agree(bundle: Bundle) -> None:
     for what, (passport, held) in said.items():
         if passport != held:
             raise BundleError(f"{bundle.folder}: {what} is {passport} in {PASSPORT} but {held} in recipe.yaml")
+    if theirs.method.trains_base:
+        return
+    path = bundle.folder / ADAPTER_CONFIG
+    if (named := read_config(path).get("base_model_name_or_path")) != ours.base.name:
+        raise BundleError(f"{path}: the base is {named} there but {ours.base.name} in {PASSPORT}")
 
 
 def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
     """Write weights, tokenizer and recipe into a bundle's folder."""
     if resolved.method.trains_base:
         with writing(folder):
-            model.save_plain(adapted, folder)
+            folders.save_plain(adapted, folder)
     else:
         write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
-        write_json(folder / "adapter_config.json", peft_config(adapted))
+        write_json(folder / ADAPTER_CONFIG, peft_config(adapted))
     tokenizer = model.load_tokenizer(adapted.base.folder)
     resolved.task.prepare(tokenizer)
     with writing(folder):

@@ -1,10 +1,13 @@
 """README.md of a bundle: a model card in the Hub's form, with the very lines that load it."""
 
+import html
 import json
+import unicodedata
 from typing import Any
 
 from lowres_ft import quantize, yaml12
 from lowres_ft.bundle import Bundle
+from lowres_ft.harmless import harmless
 from lowres_ft.tasks.base import Task
 from lowres_ft.verdict import interval, metrics
 
@@ -16,8 +19,9 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
     trial = bundle.recipe.task.trial
     body = [
         f"# {bundle.recipe.name}",
-        bundle.recipe.summary,
-        f"Trained with lowres-ft ({_method(bundle)}) on {_named_base(bundle)}; data: `{bundle.recipe.data.train}`.",
+        _sentence(bundle.recipe.summary),
+        f"Trained with lowres-ft ({_method(bundle)}) on {_named_base(bundle)}; "
+        f"data: {_span(bundle.recipe.data.train)}.",
         "## Scores",
         _table(report),
         "95 % bootstrap intervals. `report.html` shows more, `report.json` holds all, `recipe.yaml` the experiment, "
@@ -38,13 +42,23 @@ def render_merged(bundle: Bundle) -> str:
     recipe = bundle.recipe
     body = [
         f"# {recipe.name}",
-        recipe.summary,
-        f"Merged by lowres-ft: {_method(bundle)}, folded into {_named_base(bundle)}; data: `{recipe.data.train}`.",
+        _sentence(recipe.summary),
+        f"Merged by lowres-ft: {_method(bundle)}, folded into {_named_base(bundle)}; data: {_span(recipe.data.train)}.",
         recipe.task.advice,
         _cleaned(bundle),
     ]
     front = _front_matter(bundle) | {"library_name": "transformers"}
     return f"---\n{yaml12.dumps(front)}---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+
+
+def _sentence(text: str) -> str:
+    """A text of the recipe as one paragraph without markup."""
+    return html.escape(harmless(" ".join(text.split()), keep=""), quote=False)
+
+
+def _span(text: str) -> str:
+    """A name as code within a line."""
+    return f"`{harmless(text, keep='').replace('`', chr(39))}`"
 
 
 def _cleaned(bundle: Bundle) -> str:
@@ -72,7 +86,7 @@ def _method(bundle: Bundle) -> str:
 def _named_base(bundle: Bundle) -> str:
     base = bundle.passport.base
     revision = f" at revision {base.revision[:12]}" if base.revision else ""
-    return f"`{base.name}`{revision}"
+    return f"{_span(base.name)}{revision}"
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -148,7 +162,11 @@ def _literal(value: object) -> str:
     """A value in Python; `json.dumps` writes texts, so that no label can be code."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if not isinstance(value, str):
+        return repr(value)
+    text = json.dumps(value, ensure_ascii=False)
+    acts = [mark for mark in set(text) if unicodedata.category(mark) in ("Cc", "Cf", "Co", "Cn")]
+    return text.translate({ord(mark): mark.encode("unicode_escape").decode() for mark in acts})
 
 
 def _quantization(bundle: Bundle) -> str:

@@ -28,6 +28,7 @@ from lowres_ft.train import Step, TrainState
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _KEPT = 2  # the newest one, and one to fall back to
 _HISTORY = "history"
+_ROOM = ("training", "evaluation")
 
 
 @dataclass
@@ -95,6 +96,7 @@ def contents(state: TrainState, record: Record, plan: Plan) -> Contents:
         "total": state.total,
         "plan": plan.model_dump(mode="json"),
         "peak_bytes": record.peak_bytes,
+        "room": {name: getattr(state.adapted.room, name) for name in _ROOM},
         "state": _taken_apart(state.state_dict(copied=False), "state", tensors),
     }
     if record.steps:
@@ -162,6 +164,8 @@ def load(checkpoint: Checkpoint, state: TrainState, plan: Plan) -> Record:
     if held["best"] is not None:
         held["best"] = {name: tensor.to(device) for name, tensor in held["best"].items()}
     state.load_state_dict(held)
+    for name in _ROOM:  # what did not fit is not tried again
+        setattr(state.adapted.room, name, checkpoint.values["room"][name])
     steps = tensors.get(f"{_HISTORY}/steps", torch.empty(0, 7)).tolist()
     evaluations = tensors.get(f"{_HISTORY}/evaluations", torch.empty(0, 2)).tolist()
     return Record(

@@ -10,7 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from lowres_ft import bases, batches, behaviour, budget, data, device, evaluate, files, model, pipeline, powerlaw
+from lowres_ft import (
+    bases,
+    batches,
+    behaviour,
+    budget,
+    data,
+    device,
+    evaluate,
+    files,
+    fitting,
+    model,
+    pipeline,
+    powerlaw,
+)
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.batches import Tokens
@@ -18,8 +31,8 @@ from lowres_ft.data import Data, Rows
 from lowres_ft.device import Machine
 from lowres_ft.errors import DataError, LowresError, OutputError
 from lowres_ft.events import Fetching, Listener, Note, Stage, unheard
+from lowres_ft.fitting import Ready
 from lowres_ft.model import Adapted
-from lowres_ft.pipeline import Ready
 from lowres_ft.plan import Plan
 from lowres_ft.powerlaw import Estimate, Law, Point
 from lowres_ft.profiles import Profile
@@ -278,7 +291,7 @@ class _Trainer:
         """Train on some rows and score on test."""
         ready = self.ready(size)
         ready.adapted.restore(dict(self.first))
-        pipeline.fit(ready, self.setting.machine, io.StringIO(), listen)
+        fitting.fit(ready, self.setting.machine, io.StringIO(), listen)
         predicted = {
             name: evaluate.outputs(ready.adapted, tokens, self.plan)
             for name, tokens in ready.tokens.items()

@@ -228,3 +228,5 @@ def _speed() -> Iterator[Finding]:
     for dtype, flops in rates.flops.items():
         yield Finding(f"products in {dtype}", f"{flops / 1e12:.2f} TFLOP/s", "good")
     yield Finding("memory bandwidth", f"{rates.bandwidth / 1e9:.1f} GB/s", "good")
+    link = "disk, read in order" if machine.kind == "cpu" else "copies to the device"
+    yield Finding(link, f"{rates.link / 1e9:.1f} GB/s", "good")

@@ -6,6 +6,7 @@ LowresError
 ├── DataError        a data file or one of its rows is wrong
 ├── ModelError       a base cannot be loaded, adapted or quantized as asked
 ├── TrainingError    training cannot go on
+├── OutOfMemoryError memory runs out, even for one example
 ├── BundleError      a bundle is broken, or does not belong to this base
 └── OutputError      a result cannot be written where it was asked for
 """
@@ -43,6 +44,10 @@ class TrainingError(LowresError):
     """Training cannot go on; the message names step, rate and rows."""
 
 
+class OutOfMemoryError(LowresError):
+    """Memory runs out where nothing smaller can be tried; the hint lists changes of the recipe that need less."""
+
+
 class BundleError(LowresError):
     """A bundle is broken, or does not belong to the base at hand."""
 
@@ -59,6 +64,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line; its kind where it says nothing."""
+    """What an error of another library says, in one line; its kind where it says nothing, or a key alone."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    kind = type(error).__name__
+    return kind if not lines else f"{kind}: {lines[0]}" if isinstance(error, KeyError) else lines[0]

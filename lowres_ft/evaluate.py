@@ -1,6 +1,7 @@
 """Predictions and their scores: intervals by bootstrap, and simple baselines beside them."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from lowres_ft import shortage
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
-from lowres_ft.errors import ModelError
+from lowres_ft.errors import ModelError, OutOfMemoryError
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.spec import Spec, figures
@@ -81,20 +83,55 @@ def _batches(
     """Yield positions of sequences and what `compute` gives for them, (B, ...), with dropout off."""
     was_training = adapted.model.training
     adapted.model.eval()
+    most = adapted.room.evaluation or plan.evaluation_tokens
+    waiting = deque(cut(np.arange(len(tokens.lengths)), tokens.lengths, most))
     try:
-        for part in cut(np.arange(len(tokens.lengths)), tokens.lengths, plan.evaluation_tokens):
-            batch = collate(tokens, part, adapted)
-            with torch.inference_mode(), adapted.computing():
-                values = compute(adapted.model, batch).float().cpu().numpy()
-            if not np.isfinite(values).all():
-                wrong = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-                first = tokens.where(part[wrong])[0]
-                raise ModelError(
-                    f"the model's output is not a finite number, first for {first}", hint="Try --dtype float32."
-                )
-            yield part, values
+        while waiting:
+            part = waiting.popleft()
+            try:
+                values = _values(adapted, tokens, part, compute)
+            except Exception as error:
+                if not shortage.ran_out(error):
+                    raise
+            else:
+                yield part, values
+                continue
+            most = _smaller(adapted, tokens, part, plan)
+            waiting = deque(cut(np.concatenate([part, *waiting]), tokens.lengths, most))
     finally:
         adapted.model.train(was_training)
+
+
+def _values(
+    adapted: Adapted, tokens: Tokens, part: np.ndarray, compute: Callable[[PreTrainedModel, Batch], torch.Tensor]
+) -> np.ndarray:
+    """What `compute` gives for some sequences, (B, ...).
+
+    Raises:
+        ModelError: It is not finite.
+    """
+    batch = collate(tokens, part, adapted)
+    with torch.inference_mode(), adapted.computing():
+        values: np.ndarray = compute(adapted.model, batch).float().cpu().numpy()
+    if not np.isfinite(values).all():
+        wrong = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+        first = tokens.where(part[wrong])[0]
+        raise ModelError(f"the model's output is not a finite number, first for {first}", hint="Try --dtype float32.")
+    return values
+
+
+def _smaller(adapted: Adapted, tokens: Tokens, part: np.ndarray, plan: Plan) -> int:
+    """Tokens of a batch from now on: half of one that did not fit.
+
+    Raises:
+        OutOfMemoryError: It was one sequence.
+    """
+    shortage.release(plan.device)
+    width = int(tokens.lengths[part].max())
+    if len(part) == 1:
+        raise OutOfMemoryError(f"memory ran out: evaluating {tokens.where(part)[0]}, {width:,} tokens, on its own")
+    adapted.room.shrink_evaluation(most := len(part) * width // 2)
+    return most
 
 
 def score(task: Task, truth: Ragged, predicted: Ragged) -> Scores:

@@ -148,6 +148,7 @@ def forecast(
     )
     rows, width = done.rows, done.width
     taken = speed.seconds(done.training, plan.dtype, target.rates, target.machine.kind)
+    taken = max(taken, speed.passing(done.held.passing, target.rates))  # layers come while others compute
     step = taken * recipe.train.batch_size / (rows * plan.processes)
     return Forecast(
         target=target,
@@ -191,7 +192,7 @@ def of_entry(entry: Entry, task: str | None, machine: Machine) -> dict[str, Any]
 def _settings(first: Plan, plan: Plan) -> tuple[str, ...]:
     """What a plan has otherwise than the first one."""
     before, after = first.model_dump(mode="json"), plan.model_dump(mode="json")
-    names = ("micro_batch_tokens", "recompute", "attention_kernels")
+    names = ("micro_batch_tokens", "recompute", "attention_kernels", "offload")
     return tuple(f"{name}={after[name]}" for name in names if before[name] != after[name])
 
 

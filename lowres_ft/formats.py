@@ -7,6 +7,7 @@ file may be larger than memory.
 import csv
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from lowres_ft.errors import DataError
+from lowres_ft.errors import DataError, first_line
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands ("train.csv:17"), and its values by column."""
@@ -24,6 +25,13 @@ Reader = Callable[[Path, str], Iterator[Row]]
 """Reads a file that messages call by a name."""
 
 _LONGEST_FIELD = 1 << 24  # characters; an unclosed quote would otherwise swallow the rest of the file
+_LONGEST_LINE = 1 << 27  # bytes; a file that is no text may be one line from end to end
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip, or a spreadsheet",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _AS_UTF8 = "Save the file as UTF-8 (from {0}: iconv -f {0} -t UTF-8)."
 _WORDS = "On each line stands a word and its tag, with tabs or spaces between; a blank line ends a sentence."
@@ -44,17 +52,24 @@ _CSV_PROBLEMS = {
 """What is in the csv module's messages, and what a user is told."""
 
 
-def lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+def lines(path: Path, name: str, *, longest: int = _LONGEST_LINE) -> Iterator[tuple[int, str]]:
     """Yield the lines of a UTF-8 file with their numbers; a byte order mark is passed over.
 
     Raises:
-        DataError: A line is not UTF-8, or holds a NUL byte.
+        DataError: A line is not UTF-8, holds a NUL byte, or is longer than `longest` bytes.
     """
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(iter(lambda: file.readline(longest + 1), b""), start=1):
+            if len(raw) > longest:
+                raise DataError(
+                    f"{name}:{number}: a line of more than {longest:,} bytes",
+                    hint="Is it one row a line? A .json file of one array may be written on one line.",
+                )
             if number == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise DataError(f"{name}:1: the file is UTF-16, not UTF-8", hint=_AS_UTF8.format("UTF-16"))
+                if packed := next((kind for magic, kind in _PACKED.items() if raw.startswith(magic)), None):
+                    raise DataError(f"{name}: the file is packed ({packed})", hint="Unpack it, and name what is in it.")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if (at := raw.find(b"\0")) >= 0:
                 raise DataError(
@@ -131,7 +146,7 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
 def _json(path: Path, name: str) -> Iterator[Row]:
     """The objects of a file that holds one array of them; it is read as a whole."""
     try:
-        values = json.loads("".join(line for _, line in lines(path, name)))
+        values = json.loads("".join(line for _, line in lines(path, name, longest=sys.maxsize - 1)))
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}", hint=_ARRAY) from error
     except (ValueError, RecursionError) as error:
@@ -155,8 +170,14 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{name}:row {number}", row
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: not a Parquet file: {error}", hint="Is the file whole?") from error
+    except (
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:  # text that is not UTF-8, a date beyond all years
+        raise DataError(f"{name}: not a Parquet file: {first_line(error)}", hint="Is the file whole?") from error
 
 
 def _conll(path: Path, name: str) -> Iterator[Row]:

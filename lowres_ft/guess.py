@@ -1,6 +1,7 @@
 """A recipe of one's own from a data file: task, columns and labels are guessed, and what was guessed is told."""
 
 import itertools
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def new(name: str, start: str | None, source: str | None) -> dict[str, Any]:
         DataError: The source cannot be read, or its rows are not what the task reads.
     """
     path = Path(f"{name}.yaml")
-    if path.exists():
+    if os.path.exists(path):
         raise OutputError(f"{path} exists", hint="Choose another name, or remove it.")
     guessed: list[str] = []
     if start is None:

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from lowres_ft import card, evaluate, model, profiles
+from lowres_ft import card, evaluate, folders, model, profiles
 from lowres_ft.batches import Tokens, tokenize
 from lowres_ft.bundle import Bundle
 from lowres_ft.device import Machine
@@ -103,8 +103,9 @@ def _require_mergeable(bundle: Bundle, out: Path, base: str | None, quantize: st
     """Tell before anything is loaded what cannot be merged."""
     if bundle.recipe.method.trains_base:
         raise BundleError(f"{bundle.folder} holds a whole model: there is nothing to merge")
-    if out.exists():
-        raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
+    with writing(out):
+        if out.exists():
+            raise OutputError(f"{out} exists", hint="Choose another place, or remove it.")
     if quantize is not None:
         require_widths(profiles.profile(bundle.base(base), bundle.recipe.task), quantize)
 
@@ -112,15 +113,15 @@ def _require_mergeable(bundle: Bundle, out: Path, base: str | None, quantize: st
 def _folded(bundle: Bundle, adapted: Adapted, plan: Plan, folder: Path) -> Adapted:
     """Write the merged model, and load what was written."""
     model.merge(adapted)
-    model.save_plain(adapted, folder)
+    folders.save_plain(adapted, folder)
     model.load_tokenizer(bundle.folder).save_pretrained(folder)
     write_bytes(folder / "README.md", card.render_merged(bundle).encode())
-    return replace(adapted, model=model.load_plain(adapted.task, folder, plan.device), adapted=())
+    return replace(adapted, model=folders.load_plain(adapted.task, folder, plan.device), adapted=())
 
 
 def _quantized(bundle: Bundle, adapted: Adapted, folder: Path, form: str) -> Adapted:
     """Write a merged model again in bitsandbytes' format, and load what was written."""
-    small = model.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
+    small = folders.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
     model.load_tokenizer(bundle.folder).save_pretrained(folder / form)
     write_bytes(folder / form / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=small)

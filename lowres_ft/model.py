@@ -2,7 +2,8 @@
 
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +12,35 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowres_ft import attach, attention, behaviour, embedding, profiles, quantize, reading, recompute, storage, weights
-from lowres_ft.bases import VOCABULARIES, Base
+from lowres_ft import (
+    attach,
+    attention,
+    behaviour,
+    embedding,
+    mapped,
+    profiles,
+    quantize,
+    reading,
+    recompute,
+    storage,
+    streaming,
+    weights,
+)
+from lowres_ft.bases import VOCABULARIES, Base, require_no_code
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
 from lowres_ft.linear import FROZEN_HALVES
+from lowres_ft.mapped import Block
 from lowres_ft.methods.base import Method
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
+from lowres_ft.reading import Passing
 from lowres_ft.recipe import Recipe
+from lowres_ft.shortage import Room
+from lowres_ft.streaming import Stream
 from lowres_ft.tasks.base import Task
 
+_ANY_TEXT = "No word that is known: \ufeff\u202e \u00e9\U0001f600"
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
 
@@ -42,6 +61,10 @@ class Adapted:
     parameters: int
     """Of the whole model, adapters not counted."""
     cleaners: tuple[str, ...]
+    stream: Stream | None = None
+    """Where frozen layers pass through room for two of them: what brings them."""
+    room: Room = field(default_factory=Room)
+    """What of it turned out to fit into memory."""
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +110,8 @@ class Loaded(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     heads: tuple[str, ...]
+    blocks: tuple[Block, ...] = ()
+    """Of a model whose layers will pass: where they lie, and its words."""
 
 
 def load(
@@ -108,8 +133,7 @@ def load(
     """
     tokenizer = tokenizer or load_tokenizer(base.folder)
     recipe.task.prepare(tokenizer)
-    model, heads = _load_model(recipe, base, profile, plan, tokenizer)
-    adapted = adapt(recipe, base, profile, plan, Loaded(model, tokenizer, heads), new=new)
+    adapted = adapt(recipe, base, profile, plan, _load_model(recipe, base, profile, plan, tokenizer), new=new)
     behaviour.require(adapted)
     return adapted
 
@@ -120,24 +144,37 @@ def adapt(recipe: Recipe, base: Base, profile: Profile, plan: Plan, loaded: Load
     Raises:
         ModelError: It cannot be adapted as asked.
     """
-    model, tokenizer, heads = loaded
+    model, tokenizer, heads, blocks = loaded
     dtype = getattr(torch, plan.dtype)
     keys = DropoutKeys(recipe.train.seed)
+    give_back = partial(mapped.drop, blocks)
     model.requires_grad_(recipe.method.trains_base)
     chosen: tuple[str, ...] = ()
     if not recipe.method.trains_base:
         kept = (*profile.outside, *heads)
-        chosen = attach.attach(model, recipe.method, kept, keys, new=new)
+        chosen = attach.attach(model, recipe.method, kept, keys, new=new, after=give_back)
         if new:
             originals = _originals(recipe, base, plan, kept) if recipe.method.corrects_quantization else {}
-            attach.begin(model, recipe.method, chosen, originals)
+            attach.begin(model, recipe.method, chosen, originals, give_back)
         attach.train_heads(model, heads)
     if recipe.model.quantize_embeddings:
         embedding.hold(model, dtype)
     storage.use(model, plan.int8)
     recompute.apply(model, profile.stack, plan.recompute)
+    stream = streaming.begin(model, profile.stack, plan.device, blocks) if plan.offload == "layers" else None
     model.train(recipe.model.dropout > 0)
-    known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters, recipe.data.clean)
+    known = (
+        recipe.task,
+        recipe.method,
+        base,
+        heads,
+        chosen,
+        keys,
+        dtype,
+        profile.parameters,
+        recipe.data.clean,
+        stream,
+    )
     return Adapted(model, tokenizer, *known)
 
 
@@ -145,56 +182,26 @@ def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -
     """The fp32 weights (outputs, inputs) of the base's linear layers before they are quantized."""
     changes = {"quantize": "none", "quantize_embeddings": False}
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
-    model, _ = _from_files(plain, base, plan, profiles.config(base, recipe.task), heads, torch.float32)
+    model, *_ = _from_files(plain, base, plan, profiles.config(base, recipe.task), heads, torch.float32)
     return {name: attach.weight(module) for name, module in profiles.linear_layers(model, heads)}
 
 
 def dequantize(adapted: Adapted) -> None:
     """Hold the weights that the quantized base computes with as plain ones, in place."""
+    _end_stream(adapted)
     attach.dequantize(adapted.model, adapted.dtype)
 
 
 def merge(adapted: Adapted) -> None:
     """Fold each adapter into its weight, in place: afterwards the model is a plain one of transformers."""
+    _end_stream(adapted)
     attach.fold(adapted.model, adapted.dtype)
 
 
-def save_plain(adapted: Adapted, folder: Path) -> None:
-    """Write a model without adapters as a transformers folder, its config as the base had it plus the task's fields."""
-    config = profiles.config(adapted.base, adapted.task)
-    for field in ("pad_token_id", "architectures", "dtype"):
-        setattr(config, field, getattr(adapted.model.config, field))
-    adapted.model.config = config
-    with profiles.quiet():
-        adapted.model.save_pretrained(folder)
-
-
-def load_plain(task: Task, folder: Path, device: str, **options: Any) -> PreTrainedModel:
-    """Load a transformers folder as any other program would; in fp32, unless the options name a dtype."""
-    options = {"dtype": torch.float32, "device_map": {"": device}, "trust_remote_code": False} | options
-    with profiles.quiet():
-        loaded: PreTrainedModel = profiles.auto_class(task).from_pretrained(folder, **options)
-    return loaded.eval()
-
-
-def save_quantized(adapted: Adapted, plain: Path, form: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Write a model that lies in the folder `plain` again, in bitsandbytes' format, to `plain / form`; load that.
-
-    What is not quantized, the heads among it, is held in `dtype`.
-
-    Raises:
-        ModelError: It holds other tensors than were written.
-    """
-    device = str(adapted.device)
-    config = quantize.foreign_config(form, (*profiles.outside_names(adapted.model), *adapted.heads))
-    made = load_plain(adapted.task, plain, device, dtype=dtype, quantization_config=config)
-    with profiles.quiet():
-        made.save_pretrained(plain / form)
-    found = load_plain(adapted.task, plain / form, device, dtype="auto")
-    before, after = made.state_dict(), found.state_dict()
-    if before.keys() != after.keys() or not all(torch.equal(tensor, after[name]) for name, tensor in before.items()):
-        raise ModelError(f"the model in {form}, loaded again, holds other tensors than were written")
-    return found
+def _end_stream(adapted: Adapted) -> None:
+    """Let all weights be used at any time."""
+    if adapted.stream is not None:
+        adapted.stream.end()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -205,9 +212,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # transformers would make an empty tokenizer
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+    require_no_code(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+        for pair in ((), ([_ANY_TEXT],)):  # a broken one may load, and fail at its first text
+            tokenizer([_ANY_TEXT], *pair)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+            raise
         raise ModelError(f"{folder}: no tokenizer can be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -217,9 +229,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _load_model(recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     """The model and the names of its heads: the task's, and every module that the files did not fill."""
     task = recipe.task
     config = profiles.config(base, task)
@@ -232,7 +242,8 @@ def _load_model(
             if _DROPOUT.search(field) and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(config, field, recipe.model.dropout)
     dtype = torch.float32 if recipe.method.trains_base else getattr(torch, plan.dtype)
-    model, new = _from_files(recipe, base, plan, config, profile.outside, dtype)
+    passing = Passing.of(recipe, profile) if plan.offload == "layers" else None
+    model, new, blocks = _from_files(recipe, base, plan, config, profile.outside, dtype, passing)
     if not task.new_head and new:
         raise ModelError(
             f"{base.source} brings no {', '.join(new)} of its own, which {task.kind} needs",
@@ -240,22 +251,29 @@ def _load_model(
         )
     if set(new) - set(profile.heads) and recipe.model.quantize != "none":
         # A module that the files do not fill must not be quantized, and only loading tells which those are.
-        model, new = _from_files(recipe, base, plan, config, (*profile.outside, *new), dtype)
+        del model
+        model, new, blocks = _from_files(recipe, base, plan, config, (*profile.outside, *new), dtype, passing)
     if (size := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
         raise ModelError(f"{base.folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {size}")
-    if recipe.model.quantize == "none":
+    if recipe.model.quantize == "none" and passing is None:
         model.to(plan.device)  # a quantized one was read onto its device
-    return model, (*profile.heads, *(name for name in new if name not in profile.heads))
+    return Loaded(model, tokenizer, (*profile.heads, *(name for name in new if name not in profile.heads)), blocks)
 
 
 def _from_files(
-    recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load the weights; return the model and the outermost modules that were newly made."""
-    options = _options(recipe, base, plan, config, keep, dtype)
+    recipe: Recipe,
+    base: Base,
+    plan: Plan,
+    config: Any,
+    keep: tuple[str, ...],
+    dtype: torch.dtype,
+    passing: Passing | None = None,
+) -> tuple[PreTrainedModel, tuple[str, ...], tuple[Block, ...]]:
+    """Load the weights; return the model, the outermost modules that were newly made, and where its layers lie."""
+    options = _options(recipe, base, plan, config, keep, dtype, passing)
     torch.manual_seed(recipe.train.seed)
     try:
-        with profiles.quiet(), weights.unmapped():
+        with profiles.quiet(), weights.unmapped(for_a_moment=passing is not None):
             model, report = profiles.auto_class(recipe.task).from_pretrained(
                 base.folder,
                 config=config,
@@ -268,10 +286,11 @@ def _from_files(
             )
     except (ValueError, OSError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.source} cannot be loaded for {recipe.task.kind}: {first_line(error)}") from error
-    if recipe.model.quantize != "none":
+    blocks = reading.blocks(model)
+    if recipe.model.quantize != "none" or passing is not None:
         _cast(model, dtype)
     mismatched = {key for key, *_ in report["mismatched_keys"]}
-    return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base)
+    return model, _outermost(model, {*report["missing_keys"], *mismatched}, mismatched, base), blocks
 
 
 def attention_name(plan: Plan) -> str:
@@ -280,19 +299,27 @@ def attention_name(plan: Plan) -> str:
 
 
 def _options(
-    recipe: Recipe, base: Base, plan: Plan, config: Any, keep: tuple[str, ...], dtype: torch.dtype
+    recipe: Recipe,
+    base: Base,
+    plan: Plan,
+    config: Any,
+    keep: tuple[str, ...],
+    dtype: torch.dtype,
+    passing: Passing | None,
 ) -> dict[str, Any]:
     """Options of `from_pretrained` that quantize as the recipe says, where the files do not hold codes already."""
     wanted, held = recipe.model.quantize, quantize.form_of(config)
     if held is None:
-        return {"dtype": dtype} if wanted == "none" else reading.options(recipe.model, plan.device, keep, dtype)
+        if wanted == "none" and passing is None:
+            return {"dtype": dtype}
+        return reading.options(recipe.model, plan.device, keep, dtype, passing)
     if held != wanted:
         raise ModelError(
             f"{base.source} holds its weights in {held} already, so model.quantize={wanted} cannot be",
             hint=f"Use model.quantize={held}, or the base that it was made from.",
         )
     quantize.require_library(held)
-    return {"dtype": "auto", "device_map": {"": plan.device}}
+    return {"dtype": "auto", "device_map": {"": plan.device if passing is None else "cpu"}}
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

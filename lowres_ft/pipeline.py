@@ -1,11 +1,13 @@
 """The pipeline: from a recipe to a bundle and its report."""
 
 import itertools
-import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,27 +27,26 @@ from lowres_ft import (
     exhibits,
     files,
     model,
+    optimizers,
     page,
     probes,
     profiles,
     quantize,
     report,
     resuming,
-    stopping,
+    shortage,
     train,
 )
 from lowres_ft import contrast as contrasts
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
-from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle
-from lowres_ft.checkpoint import Record
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
-from lowres_ft.errors import BundleError
+from lowres_ft.errors import BundleError, OutOfMemoryError
 from lowres_ft.evaluate import Baseline, Scores
-from lowres_ft.events import Evaluated, Fetching, Listener, Note, Stage, Trained, unheard
-from lowres_ft.model import Adapted
+from lowres_ft.events import Fetching, Listener, Note, Stage, unheard
+from lowres_ft.fitting import Ready, fit
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
 from lowres_ft.profiles import Profile
@@ -54,7 +55,6 @@ from lowres_ft.report import Measured
 from lowres_ft.runs import Place, Wish, run_folder
 from lowres_ft.saving import Keeper
 from lowres_ft.tasks.base import Ragged, Task
-from lowres_ft.train import TrainState
 
 
 def run(
@@ -99,11 +99,27 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
     for text in rows.notes:
         listen(Note(text))
     resolved = recipe.model_copy(update={"task": rows.task})
-    draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
-    if draft is not None:
-        listen(Stage("loading what was written, and comparing"))
-        bundle.seal(draft.bundle, machine, draft.probe, draft.expected)
-        files.publish(place.draft, place.out)
+    with _remedied(resolved, machine):
+        draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
+        if draft is not None:
+            listen(Stage("loading what was written, and comparing"))
+            shortage.twice(partial(bundle.seal, draft.bundle, machine, draft.probe, draft.expected), machine.device)
+            files.publish(place.draft, place.out)
+
+
+@contextmanager
+def _remedied(recipe: Recipe, machine: Machine) -> Iterator[None]:
+    """Say, where memory runs out, what changes of the recipe would save."""
+    try:
+        with shortage.named("neither training nor an evaluation could be made smaller"):
+            yield
+    except OutOfMemoryError as error:
+        message, hint = error.message, error.hint
+    else:
+        return
+    # Outside of the handler, whose error holds what filled the memory.
+    shortage.release(machine.device)
+    raise OutOfMemoryError(message, hint=hint or budget.advice(recipe, machine))
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
     profiles.require_length(profile, recipe.task)
     recipe.task.prepare(model.load_tokenizer(base.folder))
     quantize.require_widths(profile, recipe.model.quantize)
-    train.require_optimizer(recipe.train, machine.device)
+    optimizers.require(recipe.train, machine.device)
     resolved = recipe.model_copy(update={"task": rows.task})
     plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine)
     return Rehearsal(
@@ -149,18 +165,6 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         steps=train.total_steps(recipe.train, sizes["train"]),
         plan=plan,
     )
-
-
-@dataclass(frozen=True)
-class Ready:
-    """All that training needs."""
-
-    recipe: Recipe
-    rows: Data
-    adapted: Adapted
-    tokens: dict[str, Tokens]
-    plan: Plan
-    notes: tuple[str, ...]
 
 
 def _checked(ready: Ready, machine: Machine, listen: Listener) -> Ready:
@@ -217,7 +221,7 @@ def _reported(
     """What report.json holds, but for what is known once the bundle is written."""
     scores, baselines = _scores(ready, predicted, base)
     task, tokens, train_rows = ready.adapted.task, ready.tokens, ready.rows.train
-    told = [exhibits.untold_temperature(task, predicted)]
+    told = [exhibits.untold_temperature(task, predicted), ready.adapted.room.found(ready.plan)]
     if baselines and len(train_rows) > task.baseline_rows:
         told.append(f"the baselines saw {task.baseline_rows:,} of {len(train_rows):,} training rows")
     told = [text for text in told if text]
@@ -244,7 +248,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     if plan.pinned_cut:
         listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
-    adapted = model.load(resolved, base, profile, plan)
+    adapted = shortage.twice(partial(model.load, resolved, base, profile, plan), plan.device)
     plan, revised = behaviour.revise(adapted, plan)
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage("tokenizing"))
@@ -261,7 +265,7 @@ def profiled(recipe: Recipe, task: Task, base: Base, machine: Machine) -> Profil
     profiles.targets(recipe.method, profile.linears)
     profiles.require_length(profile, task)
     quantize.require_widths(profile, recipe.model.quantize)
-    train.require_optimizer(recipe.train, machine.device)
+    optimizers.require(recipe.train, machine.device)
     return profile
 
 
@@ -306,47 +310,6 @@ def _require_same_tokens(folder: Path, ready: Ready) -> None:
     again = batches.in_memory(task.encode(model.load_tokenizer(folder), few))
     if not np.array_equal(again.ids, train.ids[: len(again.ids)]):
         raise BundleError("the tokenizer, saved and loaded again, reads the training rows differently")
-
-
-def fit(
-    ready: Ready, machine: Machine, log: TextIO, listen: Listener = unheard, keeper: Keeper | None = None
-) -> Measured:
-    """Train to the end, evaluating as the recipe says, and leave the best step's tensors in the model.
-
-    A line of JSON for each step and each evaluation goes to `log`. A `keeper` says where the run goes on and saves it.
-    """
-    adapted, tokens, plan = ready.adapted, ready.tokens, ready.plan
-    keeper = keeper or Keeper()
-    state = train.start(ready.recipe, adapted, tokens["train"], plan)
-    record = keeper.begin(state, plan, log)
-    spec = state.spec
-    every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
-    with keeper.watching(state, record, plan):
-        steps = keeper.taken(train.train(state, tokens["train"], plan, machine), record, log)
-        while True:
-            due = state.step > 0 and (state.step % every == 0 or state.step == state.total)
-            if "validation" in tokens and due and not record.evaluated(state.step):
-                _evaluate(ready, machine, state, record, log, listen)
-            keeper.keep(state, record, plan)
-            if (step := next(steps, None)) is None:
-                break
-            listen(Trained(step, state.total))
-    state.restore_best()
-    measured = Measured.of(record.steps, record.evaluations, state.best_step, plan.device)
-    return replace(measured, peak_bytes=max(record.peak_bytes, measured.peak_bytes))
-
-
-def _evaluate(ready: Ready, machine: Machine, state: TrainState, record: Record, log: TextIO, listen: Listener) -> None:
-    """Score the validation rows after the current step, for early stopping and the best step."""
-    tokens, task = ready.tokens["validation"], ready.adapted.task
-    predicted = evaluate.outputs(ready.adapted, tokens, ready.plan)
-    value = evaluate.metric(task.tune(tokens.truth, predicted), tokens.truth, predicted)  # as the end result is scored
-    value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
-    with stopping.deferred():
-        state.record(value)
-        record.evaluations.append((state.step, value))
-        log.write(json.dumps({"number": state.step, task.metric: value}) + "\n")
-    listen(Evaluated(state.step, task.metric, value))
 
 
 def _scores(

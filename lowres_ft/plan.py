@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from lowres_ft import attention, timings
+from lowres_ft import attention, mapped, timings
 from lowres_ft.attention import Heads, Kernel
 from lowres_ft.device import Dtype, Machine
 from lowres_ft.errors import ModelError
@@ -48,6 +48,8 @@ class Plan(Spec):
     """Several sequences share a row of a micro-batch, without seeing each other."""
     pinned_cut: bool
     """True where dropout inside the base ties the result to this very cut."""
+    offload: Literal["none", "layers"] = "none"
+    """Whether frozen layers lie in files, or beside a GPU, and pass through room for two of them."""
 
 
 def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | None = None) -> Plan:
@@ -83,7 +85,31 @@ def make(recipe: Recipe, profile: Profile, machine: Machine, *, like: Plan | Non
         fused_optimizer=machine.kind != "mps",
         packing=False,  # steps of like lengths hold little padding, and a mask costs more than it
         pinned_cut=recipe.model.dropout > 0,
+        offload=_offload(recipe, profile, machine, like),
     )
+
+
+def _offload(recipe: Recipe, profile: Profile, machine: Machine, like: Plan | None) -> Literal["none", "layers"]:
+    """What the recipe says of layers that pass, else what a plan says that this one is to be like."""
+    wanted = recipe.budget.offload
+    if wanted == "layers" and (why := why_resident(recipe, profile, machine.kind)):
+        raise ModelError(f"budget.offload=layers: {why}", hint="Use budget.offload=none.")
+    if wanted == "auto" and like is not None and like.device.partition(":")[0] == machine.kind:
+        return "none" if why_resident(recipe, profile, machine.kind) else like.offload
+    return "none" if wanted == "auto" else wanted
+
+
+def why_resident(recipe: Recipe, profile: Profile, kind: str) -> str | None:
+    """Why layers cannot pass through room for two of them on a kind of device; None where they can."""
+    if profile.stack is None:
+        return f"this base has no list of its {profile.layers} layers"
+    if recipe.method.trains_base:
+        return f"method.kind={recipe.method.kind} trains every weight, and layers that pass are frozen"
+    if recipe.method.corrects_quantization:
+        return "method.init=loftq needs every weight twice, as it is and quantized"
+    if kind not in ("cpu", "cuda") or not mapped.possible():
+        return "this device or system cannot give back what it read of a file"
+    return None
 
 
 def _kernels(recipe: Recipe, profile: Profile, machine: Machine, dtype: Dtype, tokens: int) -> dict[int, Kernel]:

@@ -1,6 +1,7 @@
 """Predictions of a bundle for texts, and its scores on other rows."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def examples(bundle: Bundle, file: str) -> Iterator[Any]:
     """
     path = Path(file)
     if path.suffix.lower() not in readers.ENDINGS:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"no file {file}", hint=f"The current folder is {Path.cwd()}.")
         for number, line in readers.lines(path, file):
             if line.strip():

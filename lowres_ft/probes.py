@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowres_ft.batches import Tokens, collate
+from lowres_ft.errors import BundleError
 from lowres_ft.model import Adapted
 from lowres_ft.tasks.base import IGNORED, Batch
 
@@ -22,9 +24,20 @@ class Probe:
     segments: Tensor | None = None
 
     @classmethod
-    def of(cls, held: Mapping[str, Tensor]) -> Self:
-        """The probe that a bundle's file holds."""
-        return cls(held["input_ids"], held["attention_mask"], held.get("token_type_ids"))
+    def of(cls, held: Mapping[str, Tensor], path: Path) -> Self:
+        """The probe that a bundle's file holds.
+
+        Raises:
+            BundleError: It holds something else.
+        """
+        ids, mask, logits = (held.get(name) for name in ("input_ids", "attention_mask", "logits"))
+        segments = held.get("token_type_ids")
+        if ids is None or mask is None or logits is None or logits.dim() < 2 or len(ids) != len(logits):
+            raise BundleError(f"{path} does not hold token ids, their mask and logits of equally many rows")
+        same = [part for part in (ids, mask, segments) if part is not None]
+        if ids.dim() != 2 or any(part.shape != ids.shape or part.dtype != torch.int64 for part in same):
+            raise BundleError(f"{path}: token ids and their mask are not whole numbers of one shape")
+        return cls(ids, mask, segments)
 
     def tensors(self) -> dict[str, Tensor]:
         """The probe as it lies in a bundle's file."""
@@ -32,7 +45,14 @@ class Probe:
         return {"input_ids": self.ids, "attention_mask": self.mask, **segments}
 
     def logits(self, adapted: Adapted) -> Tensor:
-        """(R, ...) fp32 logits of a model, on the processor."""
+        """(R, ...) fp32 logits of a model, on the processor.
+
+        Raises:
+            BundleError: The token ids are not those of its vocabulary.
+        """
+        size = adapted.model.get_input_embeddings().weight.shape[0]
+        if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < size:
+            raise BundleError(f"the probe rows hold token ids beyond the model's {size}")
         rows = torch.arange(len(self.ids))
         parts = (self.ids, self.mask, torch.full((len(rows), 1), IGNORED), rows)
         batch = Batch(*(part.to(adapted.device) for part in parts))

@@ -1,5 +1,6 @@
 """What is known of a base before a weight is read: its layers, its heads, and what a method would adapt."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from lowres_ft.bases import Base
 from lowres_ft.errors import ModelError, first_line
 from lowres_ft.methods.base import Method
 from lowres_ft.tasks.base import Task
+
+_MOST = {re.compile(r"(layers?|blocks|depth)$"): 1000, re.compile(r"(heads?|experts)$"): 10_000}
+"""More than any model has of what a key of config.json counts."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def _require_writer(base: Base, settings: Any) -> None:
 def _built(task: Task, settings: Any, base: Base) -> PreTrainedModel:
     try:
         model = auto_class(task).from_config(settings, trust_remote_code=False)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # what a config holds is anyone's
         raise ModelError(f"{base.source} cannot be used for {task.kind}: {first_line(error)}") from error
     if not hasattr(model, model.base_model_prefix):
         raise ModelError(f"{base.source}: {type(model).__name__} has no base to fine-tune beside its head")
@@ -166,14 +170,25 @@ def config(base: Base, task: Task) -> Any:
     Raises:
         ModelError: transformers does not know that kind of model.
     """
+    _require_countable(base)
     try:
         return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, **task.model_config_fields())
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # what a config holds is anyone's
         kind = base.config().get("model_type")
         raise ModelError(
             f"{base.source}: transformers {transformers.__version__} cannot read its config (model_type {kind!r})",
             hint="A newer transformers may know it; code that comes with a model is never run.",
         ) from error
+
+
+def _require_countable(base: Base) -> None:
+    """Refuse numbers of layers and the like that no model has, before objects are made for them."""
+    content = base.config()
+    inner = [value for value in content.values() if isinstance(value, dict)]
+    for key, value in (item for part in (content, *inner) for item in part.items()):
+        most = next((most for counted, most in _MOST.items() if counted.search(key)), None)
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise ModelError(f"{base.source}: {key} is {value:,} in config.json, which no model has")
 
 
 def auto_class(task: Task) -> Any:

@@ -1,6 +1,6 @@
 """int8 and nf4 weights in bitsandbytes' formats: made from plain ones, or taken over from its layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,12 +86,17 @@ def quantized(weight: Tensor, form: str) -> Int8 | Nf4:
     return held
 
 
+Make = Callable[..., Tensor]
+"""What makes a tensor of a dtype and so many elements each way, whose values do not matter."""
+
+
 def empty(shape: torch.Size, form: str, device: torch.device) -> Int8 | Nf4:
     """Room for a weight (outputs, inputs) in a format."""
+    return held_in(shape, form, lambda dtype, *sizes: torch.empty(sizes, dtype=dtype, device=device))
 
-    def room(dtype: torch.dtype, *sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device)
 
+def held_in(shape: torch.Size, form: str, room: Make) -> Int8 | Nf4:
+    """The same, of tensors that `room` makes."""
     if form == "int8":
         return Int8(room(torch.int8, *shape), room(torch.float32, shape[0]))
     blocks = shape.numel() // NF4_BLOCK

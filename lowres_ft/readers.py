@@ -12,6 +12,7 @@ from lowres_ft.formats import Reader, Row, lines
 
 __all__ = ["ENDINGS", "Row", "lines", "parse_hub", "rows"]
 ENDINGS = tuple(formats.BY_ENDING)
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 
 
 def rows(source: str, progress: assets.Progress | None = None) -> Iterator[Row]:
@@ -50,7 +51,8 @@ def _paths(source: str) -> list[Path]:
 
 def _file(path: Path, name: str, reader: Reader | None) -> Iterator[Row]:
     if reader is None:
-        raise DataError(f"{name}: unknown kind of file", hint=f"Known are {', '.join(ENDINGS)}.")
+        packed = " Unpack it first." if path.suffix.lower() in _PACKED else ""
+        raise DataError(f"{name}: unknown kind of file", hint=f"Known are {', '.join(ENDINGS)}.{packed}")
     try:
         empty = True
         if path.is_file() and path.stat().st_size == 0:

@@ -17,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from lowres_ft import registry, yaml12
+from lowres_ft import foreign, registry, yaml12
 from lowres_ft.clean import known
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
@@ -142,6 +142,10 @@ class BudgetSpec(Spec):
     """Compute activations again in the backward pass: of whole layers, for least memory; or but for the products of
     frozen weights, for less time. `auto` leaves it to the plan."""
 
+    offload: Literal["auto", "none", "layers"] = "auto"
+    """Let frozen `layers` lie in a file, or beside a GPU, and pass through room for two of them. `auto` leaves it to
+    the plan, which does so where nothing else fits into `memory`."""
+
     @field_validator("memory")
     @classmethod
     def _a_size(cls, memory: str | None) -> str | None:
@@ -208,11 +212,9 @@ def raw(name_or_path: str | Path) -> dict[str, Any]:
     """The plain values of a recipe file, before they are validated."""
     path = _find(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = foreign.read_bytes(path, _LARGEST, RecipeError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error}", hint="Save the recipe as UTF-8 text.") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     found = yaml12.loads(text, where=str(path))
     if not isinstance(found, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of {', '.join(_TOP)}", hint="See `lowres-ft show NAME`.")
@@ -285,6 +287,7 @@ def _misspelled(path: str, found: Mapping[str, str]) -> bool:
     )
 
 
+_LARGEST = 1 << 20  # bytes of a recipe's file
 _HINT = "`lowres-ft show sentiment-lora` prints a whole recipe; the README explains every key."
 
 

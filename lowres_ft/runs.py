@@ -224,8 +224,9 @@ def _opened(place: Place, wish: Wish | None) -> Place:
 
 
 def _require_free(out: Path) -> None:
-    if out.exists():
-        raise _TakenError(f"{out} exists", hint="Choose another place with --out, or remove it.")
+    with files.writing(out):
+        if out.exists():
+            raise _TakenError(f"{out} exists", hint="Choose another place with --out, or remove it.")
 
 
 def _require_own(folder: Path) -> None:

@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from lowres_ft import model, profiles, quantize, reading
+from lowres_ft import model, profiles, quantize, reading, streaming
 from lowres_ft.bases import Base
 from lowres_ft.ledger import Cost, Kind, Ledger, nbytes
 from lowres_ft.linear import AdaptedLinear, LowRankLinear
@@ -57,6 +57,8 @@ class Held:
     """A copy of what is trained, as it was at the best evaluation so far."""
     largest: int
     """Elements of the largest tensor."""
+    passing: int = 0
+    """Of layers that pass through room for two of them, of which `linears` counts the room alone."""
 
     @property
     def total(self) -> int:
@@ -121,6 +123,8 @@ def _run(
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         adapted = _adapted(recipe, base, profile, plan)
         holding = held(adapted, recipe)
+        if plan.offload == "layers" and profile.stack is not None:
+            holding = _passing(holding, adapted.model, profile.stack, plan)
         for depth in depths:
             if depth < profile.layers and profile.stack is not None:
                 stack = adapted.model.get_submodule(profile.stack)
@@ -144,7 +148,8 @@ def _extended(more: Pass, fewer: Pass, layers: int) -> Pass | None:
 
 
 def _adapted(recipe: Recipe, base: Base, profile: Profile, plan: Plan) -> Adapted:
-    """The model of a run, its weights fake, in the form in which they would be held."""
+    """The model of a run, its weights fake, in the form in which they would be held; its layers stay where they are."""
+    plan = plan.model_copy(update={"offload": "none"})
     task, method = recipe.task, recipe.method
     config = profiles.config(base, task)
     if not task.generates and hasattr(config.get_text_config(), "use_cache"):
@@ -197,6 +202,19 @@ def held(adapted: Adapted, recipe: Recipe) -> Held:
         optimizer=sum(_moments(tensor.numel(), recipe.train.optimizer) for tensor in trained),
         best=sum(map(nbytes, adapted.tensors().values())) if recipe.data.validation is not None else 0,
         largest=largest,
+    )
+
+
+def _passing(holding: Held, model: PreTrainedModel, stack: str, plan: Plan) -> Held:
+    """What is held where the layers of a stack pass; beside a GPU, words may stay in the machine's memory."""
+    layers = streaming.layer_bytes(model, stack)
+    name = None if plan.device == "cpu" else streaming.words_apart(model)
+    words = [] if name is None else model.get_submodule(name).state_dict().values()
+    return replace(
+        holding,
+        linears=max(0, holding.linears - sum(sorted(layers)[:-2])),
+        embeddings=max(0, holding.embeddings - sum(map(nbytes, words))),
+        passing=sum(layers),
     )
 
 

@@ -97,7 +97,10 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """A value as a recipe would write it, cut where it is long."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):  # nested too deeply, or a number too long to be written
+        text = f"a {type(value).__name__} that is too large to be shown"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."
 
 

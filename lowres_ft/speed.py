@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowres_ft import tables, timings
+from lowres_ft import mapped, tables, timings
 from lowres_ft.device import Dtype, Machine
 from lowres_ft.simulate import Pass
 from lowres_ft.spec import Spec
@@ -26,6 +26,8 @@ class Rates(Spec):
     """FLOPs a second of a large product, by dtype."""
     bandwidth: float
     """Bytes a second that are read or written."""
+    link: float
+    """Bytes a second by which layers come that pass: from the disk, or over the bus of a GPU."""
 
     def flops_in(self, dtype: str) -> float:
         """FLOPs a second in a dtype; of one that was not measured, those of the slowest."""
@@ -51,9 +53,15 @@ def seconds(done: Pass, dtype: Dtype, rates: Rates, kind: str) -> float:
     return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
 
 
+def passing(count: int, rates: Rates) -> float:
+    """How long layers of `count` bytes take to come for a micro-batch, forward and backward."""
+    return 2 * count / rates.link
+
+
 def known(machine: Machine) -> Rates:
     """The rates of this machine, measured the first time and kept."""
-    return Rates.model_validate(timings.once(machine, "", f"rates {machine.device}", lambda: measured(machine.device)))
+    what = f"rates {machine.device} with link"
+    return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device)))
 
 
 def measured(device: str, each: float = 1.0) -> dict[str, Any]:
@@ -66,7 +74,17 @@ def measured(device: str, each: float = 1.0) -> dict[str, Any]:
         flops[name] = 2.0 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
     given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
     moved = 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), kind, each)
-    return {"flops": flops, "bandwidth": moved}
+    return {"flops": flops, "bandwidth": moved, "link": moved if kind == "mps" else link(device)}
+
+
+def link(device: str) -> float:
+    """Bytes a second that come to a device from where layers lie that pass: to a processor from the disk."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return mapped.read_rate()
+    source = torch.empty(4 * _COPIED, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    return 4 * _COPIED / _best(lambda: target.copy_(source, non_blocking=True), kind, 0.2)
 
 
 def _best(run: Callable[[], Any], kind: str, most: float) -> float:
@@ -89,7 +107,13 @@ def _wait(kind: str) -> None:
 
 
 def of_table(entry: Mapping[str, Any]) -> Rates:
-    """The rates that a device's maker states: TFLOPs by dtype, GB a second."""
+    """The rates of a device of the table: TFLOPs by dtype and GB a second of its memory as its maker states them.
+
+    Those of the bus are what copies usually reach of PCIe 3 x16 and 4 x8 (12) or 4 x16 (25 in a server or beside a fast
+    card, 12 presumed beside others).
+    """
     return Rates(
-        flops={name: 1e12 * value for name, value in entry["tflops"].items()}, bandwidth=1e9 * entry["bandwidth"]
+        flops={name: 1e12 * value for name, value in entry["tflops"].items()},
+        bandwidth=1e9 * entry["bandwidth"],
+        link=1e9 * entry["link"],
     )

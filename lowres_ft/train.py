@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import islice
 from typing import Any
 
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres_ft import libraries, stopping
-from lowres_ft.batches import Tokens, steps, steps_per_epoch
+from lowres_ft import optimizers, shortage, stopping
+from lowres_ft.batches import Tokens, cut, steps, steps_per_epoch
 from lowres_ft.device import Machine, sum_over_processes
-from lowres_ft.errors import TrainingError
+from lowres_ft.errors import OutOfMemoryError, TrainingError
 from lowres_ft.model import Adapted
 from lowres_ft.packing import micro_batches
 from lowres_ft.plan import Plan
@@ -29,7 +28,6 @@ from lowres_ft.tasks.base import Batch
 
 _FIRST_LOSS_SCALE = 2.0**14
 _SCALE_GROWS_AFTER = 1000  # steps without an overflow
-_BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class TrainState:
         self.best_metric = -math.inf
         self.best_step = 0
         self.waited = 0
-        self.optimizer = _optimizer(adapted, spec, plan)
+        self.optimizer = optimizers.make(adapted, spec, plan)
 
     def record(self, metric: float) -> None:
         """Take note of an evaluation after the current step; keep the tensors if it is the best so far."""
@@ -73,6 +71,15 @@ class TrainState:
             self.best_metric, self.best_step, self.waited = metric, self.step, 0
         else:
             self.waited += 1
+
+    @property
+    def cut(self) -> int | None:
+        """Tokens of a micro-batch, where memory ran out with as many as the plan says."""
+        return self.adapted.room.training
+
+    @cut.setter
+    def cut(self, tokens: int | None) -> None:
+        self.adapted.room.training = tokens
 
     @property
     def finished(self) -> bool:
@@ -104,50 +111,7 @@ class TrainState:
             setattr(self, name, value)
 
 
-def require_optimizer(spec: TrainSpec, device: str) -> None:
-    """Refuse, before a weight is read, an optimizer that a device cannot run.
-
-    Raises:
-        TrainingError: bitsandbytes is not there, or has no such optimizer for it.
-    """
-    if spec.optimizer == "adamw":
-        return
-    kind, why = torch.device(device).type, "which is not installed"
-    try:
-        libraries.bitsandbytes()
-        why = f"whose version {metadata.version('bitsandbytes')} does not have it for {kind}"
-        known = torch._C._dispatch_has_kernel_for_dispatch_key(_KERNEL, kind.upper())  # noqa: SLF001
-    except (ImportError, RuntimeError):
-        known = False
-    if not known:
-        told = f"train.optimizer={spec.optimizer} needs bitsandbytes, {why}"
-        raise TrainingError(told, hint="Use train.optimizer=adamw.")
-
-
-_KERNEL = "bitsandbytes::optimizer_update_8bit_blockwise"
-
-
-def _optimizer(adapted: Adapted, spec: TrainSpec, plan: Plan) -> torch.optim.Optimizer:
-    groups = _groups(adapted, spec)
-    if spec.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, fused=plan.fused_optimizer)
-    found: torch.optim.Optimizer = libraries.bitsandbytes().optim.AdamW8bit(groups, lr=0.0, betas=_BETAS)
-    return found
-
-
-def _groups(adapted: Adapted, spec: TrainSpec) -> list[dict[str, Any]]:
-    """The trained parameters by weight decay, which is for matrices alone, and by their rate over the recipe's."""
-    groups: dict[tuple[bool, float], list[Tensor]] = {}
-    for name, parameter in adapted.trained().items():
-        vector = max(parameter.shape) == parameter.numel()
-        groups.setdefault((vector, adapted.method.rate(name)), []).append(parameter)
-    return [
-        {"params": groups[vector, rate], "weight_decay": 0.0 if vector else spec.weight_decay, "rate": rate}
-        for vector, rate in sorted(groups)
-    ]
-
-
-_NUMBERS = ("step", "loss_scale", "steps_at_scale", "best_metric", "best_step", "waited")
+_NUMBERS = ("step", "loss_scale", "steps_at_scale", "best_metric", "best_step", "waited", "cut")
 
 
 def _cloned(value: Any) -> Any:
@@ -194,8 +158,7 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
         positions = tokens.of_rows(rows)
         began = time.perf_counter()
         rate = learning_rate(spec, state.step, state.total)
-        loss = _gradients(state, tokens, positions, plan, machine, rate)
-        norm = _update(state, rate, tokens, positions)
+        loss, norm = _step(state, tokens, positions, plan, machine, rate)
         state.step += 1
         yield Step(
             number=state.step,
@@ -206,6 +169,48 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
             tokens=int(tokens.lengths[positions].sum()),
             seconds=time.perf_counter() - began,
         )
+
+
+def _step(
+    state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine, rate: float
+) -> tuple[float, float]:
+    """Take a step; where memory runs out, from its beginning again in smaller micro-batches.
+
+    Returns:
+        The loss, and the gradient's norm before clipping.
+    """
+    mine = positions[machine.rank :: machine.processes]
+    while True:
+        try:
+            loss = _gradients(state, tokens, positions, plan, machine, rate)
+            return loss, _update(state, rate, tokens, positions)
+        except Exception as error:
+            if not shortage.ran_out(error):
+                raise
+        _relieve(state, tokens, mine, plan)
+
+
+def _relieve(state: TrainState, tokens: Tokens, mine: np.ndarray, plan: Plan) -> None:
+    """Drop what a step had made before memory ran out, and let its largest micro-batch be half as large.
+
+    Raises:
+        OutOfMemoryError: Each sequence passed on its own already, or the plan's cut has to stay.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    optimizers.rewind(state.optimizer, state.step)
+    shortage.release(plan.device)
+    if plan.pinned_cut:
+        why = "dropout inside the base ties the result to its micro-batches, so that they cannot be made smaller"
+        raise OutOfMemoryError(f"memory ran out: step {state.step + 1}; {why}", hint="Use model.dropout=0.")
+    parts = list(cut(mine, tokens.lengths, state.cut or plan.micro_batch_tokens))
+    several = [len(part) * int(tokens.lengths[part].max()) for part in parts if len(part) > 1]
+    if not several:
+        where = tokens.where(parts[0][:1])[0]
+        longest = int(tokens.lengths[mine].max())
+        raise OutOfMemoryError(
+            f"memory ran out: step {state.step + 1}, one text at a time, of which {where} has {longest:,} tokens"
+        )
+    state.adapted.room.shrink_training(max(several) // 2, state.step + 1)
 
 
 def _gradients(
@@ -222,10 +227,10 @@ def _gradients(
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64)  # on the processor: MPS has no float64
-        for part, batch in micro_batches(mine, tokens, plan, state.adapted):
+        for part, batch in micro_batches(mine, tokens, _cut_plan(state, plan), state.adapted):
             summed = _backward(state, batch, state.loss_scale / count)
             if not math.isfinite(summed):
-                raise TrainingError(_not_finite("loss", state.step, rate, tokens.where(part)), hint=_NOT_FINITE_HINT)
+                raise _not_finite("loss", state.step, rate, tokens.where(part))
             loss += summed / count
             stopping.check()  # a step that is half done is dropped
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -235,6 +240,11 @@ def _gradients(
             parameter.grad = gradient
         if plan.dtype != "float16" or _fits(state, gradients):
             return float(loss)
+
+
+def _cut_plan(state: TrainState, plan: Plan) -> Plan:
+    """The plan, with micro-batches as small as memory turned out to ask for."""
+    return plan if state.cut is None else plan.model_copy(update={"micro_batch_tokens": state.cut})
 
 
 def _backward(state: TrainState, batch: Batch, scale: float) -> float:
@@ -274,7 +284,7 @@ def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarra
     parameters = list(state.adapted.trained().values())
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, state.spec.clip or math.inf))
     if not math.isfinite(norm):
-        raise TrainingError(_not_finite("gradient", state.step, rate, tokens.where(positions)), hint=_NOT_FINITE_HINT)
+        raise _not_finite("gradient", state.step, rate, tokens.where(positions))
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["rate"]
     state.optimizer.step()
@@ -284,6 +294,10 @@ def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarra
 _NOT_FINITE_HINT = "Lower train.learning_rate, or use model.dtype=float32."
 
 
-def _not_finite(what: str, step: int, rate: float, rows: list[str]) -> str:
+_AT_ONCE_HINT = "Nothing was learned yet: the base's weights are at fault, or model.dtype=float32 is needed."
+
+
+def _not_finite(what: str, step: int, rate: float, rows: list[str]) -> TrainingError:
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return f"step {step + 1}: the {what} is not finite (learning rate {rate:g}; rows {shown})"
+    told = f"step {step + 1}: the {what} is not finite (learning rate {rate:g}; rows {shown})"
+    return TrainingError(told, hint=_NOT_FINITE_HINT if step else _AT_ONCE_HINT)

@@ -6,6 +6,8 @@ where that is. Here it lies where PyTorch's own would.
 """
 
 import json
+import math
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,16 +32,22 @@ _DTYPES = {
 }
 
 
+_OWN_PAGES = 2**20  # bytes from which pages of its own cost a tensor little
+
+
 @contextmanager
-def unmapped() -> Iterator[None]:
-    """Let transformers read the files that it would map."""
+def unmapped(*, for_a_moment: bool = False) -> Iterator[None]:
+    """Let transformers read the files that it would map.
+
+    Tensors that are there `for_a_moment` have pages of their own: others' would be left in pieces between them.
+    """
     mapping, files = modeling_utils.safe_open, ExitStack()
 
     def opened(path: Any, *args: Any, **options: Any) -> Any:
-        found = mapping(path, *args, **options)
         if options.get("backend") != "mmap":
-            return found
-        return _File(files.enter_context(open(path, "rb", buffering=0)), found)
+            return mapping(path, *args, **options)
+        found = mapping(path, *args, **options | {"backend": "pread"})  # a map of the file would count as data
+        return _File(files.enter_context(open(path, "rb", buffering=0)), found, for_a_moment)
 
     modeling_utils.safe_open = opened
     try:
@@ -52,8 +60,8 @@ def unmapped() -> Iterator[None]:
 class _File:
     """A safetensors file, which safetensors has found sound."""
 
-    def __init__(self, raw: FileIO, file: Any) -> None:
-        self.raw, self.file = raw, file
+    def __init__(self, raw: FileIO, file: Any, for_a_moment: bool) -> None:
+        self.raw, self.file, self.for_a_moment = raw, file, for_a_moment
         self.keys, self.__exit__ = file.keys, file.__exit__
         size = int.from_bytes(os.pread(raw.fileno(), 8, 0), "little")
         header = bytearray(size)
@@ -63,6 +71,13 @@ class _File:
 
     def get_slice(self, name: str) -> "_Tensor":
         return _Tensor(self, name)
+
+    def room(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor, whose values do not matter."""
+        size = math.prod(shape) * dtype.itemsize
+        if not self.for_a_moment or size < _OWN_PAGES:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
     def read(self, room: memoryview, at: int) -> None:
         """Fill a room with the bytes at a place; `pread` may be called by several threads."""
@@ -89,7 +104,7 @@ class _Tensor:
         dtype = _DTYPES.get(self.place["dtype"])
         if dtype is None:  # 8 bits and fewer, of bases that are not taken
             return self.file.file.get_tensor(self.name)[index]  # type: ignore[no-any-return]
-        whole = torch.empty(self.place["shape"], dtype=dtype)
+        whole = self.file.room(self.place["shape"], dtype)
         self.file.read(
             whole.reshape(-1).view(torch.uint8).numpy().data, self.file.begin + self.place["data_offsets"][0]
         )

@@ -22,8 +22,12 @@ _SCALARS = {
 }
 
 
+_DEEPEST = 32  # lists and mappings within each other; recipes need five
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way; none is inherited)
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse what would bring other types, or the same value by another way."""
@@ -34,7 +38,14 @@ class _Loader(yaml.SafeLoader):
         if event.tag is not None:
             problem = f"tags ({event.tag}) are not read; quote the value if it is text"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > _DEEPEST:
+            problem = f"lists and mappings are nested too deeply (more than {_DEEPEST})"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -68,8 +79,8 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Write other line breaks than a newline as escapes: a reader would fold them into spaces."""
-        quotes = '"' if any(mark in text for mark in "\r\x85\u2028\u2029") else None
+        """Quote what is not printed, for `dumps` to write as escapes: a reader would fold line breaks into spaces."""
+        quotes = None if all(map(str.isprintable, text.split("\n"))) else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
 
 
@@ -123,4 +134,5 @@ def scalar(text: str) -> Any:
 
 def dumps(value: object) -> str:
     """Write YAML that `loads` reads back as the same value; mappings keep their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return "".join(mark if mark.isprintable() or mark == "\n" else f"\\U{ord(mark):08x}" for mark in text)

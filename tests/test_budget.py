@@ -36,7 +36,7 @@ def test_what_fits_is_left_as_it_is(made):
 
 def test_plans_get_more_frugal_in_the_order_of_what_that_costs(made):
     recipe, _, profile, plan = made()
-    found = list(budget.plans(recipe, plan, profile))
+    *found, last = budget.plans(recipe, plan, profile)
     assert [(one.micro_batch_tokens, one.recompute) for one in found[:-1]] == [
         (2048, "none"),
         (1024, "none"),
@@ -47,6 +47,8 @@ def test_plans_get_more_frugal_in_the_order_of_what_that_costs(made):
     ]
     assert set(found[-2].attention_kernels.values()) == {"kept"}
     assert set(found[-1].attention_kernels.values()) == {"recomputed"}
+    assert {one.offload for one in found} == {"none"}
+    assert last == found[-1].model_copy(update={"offload": "layers"})
     assert all(one.evaluation_tokens == 2 * one.micro_batch_tokens for one in found)
 
 

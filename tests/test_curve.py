@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowres_ft import batches, curve, data, device, evaluate, pipeline
+from lowres_ft import batches, curve, data, device, evaluate, fitting, pipeline
 from lowres_ft.curve import Score
 from lowres_ft.errors import DataError, LowresError
 from lowres_ft.pipeline import run
@@ -38,7 +38,7 @@ def fresh(wanted: Recipe, work: Path, seed: int, size: int) -> float:
     with run_folder("fresh", work / "out", machine) as place:
         ready = pipeline.prepare(resolved, part, machine, place)
         with open(place.metrics, "w", encoding="utf-8") as log:
-            pipeline.fit(ready, machine, log)
+            fitting.fit(ready, machine, log)
         test = ready.tokens["test"]
         return evaluate.metric(resolved.task, test.truth, evaluate.outputs(ready.adapted, test, ready.plan))
 

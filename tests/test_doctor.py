@@ -87,9 +87,11 @@ def test_a_folder_that_cannot_be_written_is_broken(tmp_path, monkeypatch):
 def test_the_probe_measures(monkeypatch):
     from lowres_ft import speed
 
-    monkeypatch.setattr(speed, "measured", lambda device: {"flops": {"float32": 3e11}, "bandwidth": 1.5e10})
+    monkeypatch.setattr(
+        speed, "measured", lambda device: {"flops": {"float32": 3e11}, "bandwidth": 1.5e10, "link": 2e9}
+    )
     told = list(doctor._speed())
-    assert [one.found for one in told] == ["0.30 TFLOP/s", "15.0 GB/s"]
+    assert [one.found for one in told] == ["0.30 TFLOP/s", "15.0 GB/s", "2.0 GB/s"]
 
 
 def test_rates_are_measured():
@@ -97,5 +99,5 @@ def test_rates_are_measured():
 
     rates = speed.Rates.model_validate(speed.measured("cpu", each=0.01))
     assert rates.flops.keys() == {"float32", "bfloat16"}
-    assert min(*rates.flops.values(), rates.bandwidth) > 1e6
+    assert min(*rates.flops.values(), rates.bandwidth, rates.link) > 1e6
     assert rates.flops_in("float16") == min(rates.flops.values())

@@ -10,7 +10,7 @@ from lowres_ft.recipe import load_recipe
 from lowres_ft.simulate import Pass
 from tests import conftest
 
-SLOW = speed.Rates(flops={"float32": 1e12, "bfloat16": 2e12}, bandwidth=1e10)
+SLOW = speed.Rates(flops={"float32": 1e12, "bfloat16": 2e12}, bandwidth=1e10, link=1e9)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,20 @@ def test_what_does_not_fit_is_told_with_what_would_help(bases, reviews):
     assert not found.here.fits
     assert "model.quantize=int8" in [remedy.change for remedy in found.here.remedies]
     assert found.others[0].fits
+
+
+def test_layers_pass_where_nothing_else_fits_and_no_faster_than_they_come(bases, reviews):
+    base = bases("bert", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
+    changes = ("budget.recompute=layers", "task.max_length=8")
+    resident = outlook(base, reviews, *changes, "budget.offload=none").here
+    most = resident.memory.total - 5 * 2**20
+    found = outlook(base, reviews, *changes, f"budget.memory={most // 2**20}MiB").here
+    assert found.fits
+    assert found.settings[-1] == "offload=layers"
+    layers = 8 * 4 * (2 * 256 * 1024 + 4 * 256 * 256)
+    steps = 8 * 8 / found.plan.micro_batch_tokens
+    assert found.step_seconds >= steps * 2 * layers / SLOW.link
+    assert speed.passing(layers, SLOW) == pytest.approx(2 * layers / 1e9)
 
 
 def test_plan_prints_a_table(lowres, bases, reviews, tmp_path):

@@ -12,7 +12,19 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu import Session
 from benchmarks.on_gpu import measure, table
-from benchmarks.on_gpu.cells import LAYERS, OUR_LADDER, OURS, PRODUCTS, SHAPES, TRAINER, Cell, Job, cells
+from benchmarks.on_gpu.cells import (
+    LAYERS,
+    OUR_LADDER,
+    OURS,
+    PASSING_CAP,
+    PASSING_LADDER,
+    PRODUCTS,
+    SHAPES,
+    TRAINER,
+    Cell,
+    Job,
+    cells,
+)
 
 GIB = 2**30
 ALL = tuple(SHAPES)
@@ -226,3 +238,23 @@ def test_the_tables_tell_ratios_goals_caps_and_what_is_wrong():
 def product() -> dict[str, Any]:
     known = {"kernel": "dequantize", "rows": 2048, "outputs": 4096, "inputs": 4096}
     return known | {f"{way}_{name}": 1.0 for way in ("forward", "backward") for name in ("ms", "tflops", "error")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("numbers", ["nf4", "bf16"])
+def test_layers_that_pass_are_the_same_experiment(numbers: str):
+    """On a processor in pages of a file, so that nothing is copied."""
+    resident = measure.measure(job("llama-3.1-8b", numbers, LAYERS))
+    passing = measure.measure(job("llama-3.1-8b", numbers, PASSING_LADDER[0]))
+    assert passing["plan"]["offload"] == "layers"
+    assert passing["first_loss"] == pytest.approx(resident["first_loss"], rel=1e-3)
+    assert "copied" not in passing
+
+
+def test_the_goal_of_passing_layers_tells_what_share_of_a_step_copies_explain():
+    cell = next(cell for cell in cells(ALL, None, few=True) if cell.cap == PASSING_CAP)
+    assert (cell.shape, cell.numbers, cell.length) == ("llama-3.1-8b", "nf4", 512)
+    told = figures(PASSING_LADDER[0].name, copied=6e9, copying_seconds=0.24, seconds=[0.3, 0.32, 0.2]) | named(cell)
+    (line,) = [line for line in table.lines({"tiny": False, "cells": {"a": told}}) if "copies" in line]
+    assert line.split()[-1] == "met"
+    assert "copies 80%" in line

@@ -13,10 +13,11 @@ from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.linear import AdaptedLinear
 from lowres_ft.merging import merge
 from lowres_ft.model import Adapted
+from lowres_ft.optimizers import _groups
 from lowres_ft.pipeline import rehearse, run
 from lowres_ft.recipe import Recipe, TrainSpec
 from lowres_ft.storage import Plain
-from lowres_ft.train import _groups, train
+from lowres_ft.train import train
 from tests.conftest import Prepared, prepare, recipe
 from tests.test_round_trip import compare
 from tests.test_train import gradients, randomize

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres_ft import model
+from lowres_ft import model, optimizers
 from lowres_ft import train as training
 from lowres_ft.batches import collate, cut, steps, steps_per_epoch
 from lowres_ft.errors import TrainingError
@@ -157,10 +157,10 @@ def test_an_optimizer_that_a_device_cannot_run_is_refused_before_anything_is_loa
     bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     wanted = recipe(bases(), reviews, "train.optimizer=adamw8bit")
-    training.require_optimizer(wanted.train, "cpu")
+    optimizers.require(wanted.train, "cpu")
     with pytest.raises(TrainingError, match=r"adamw8bit needs bitsandbytes, whose version .* does not have it for mps"):
-        training.require_optimizer(wanted.train, "mps")
-    monkeypatch.setattr(training, "_KERNEL", "bitsandbytes::no_such_kernel")
+        optimizers.require(wanted.train, "mps")
+    monkeypatch.setattr(optimizers, "_KERNEL", "bitsandbytes::no_such_kernel")
     monkeypatch.setattr(model, "load", lambda *_: pytest.fail("weights are read"))
     for act in (lambda: rehearse(wanted, device_name="cpu"), lambda: run(wanted, tmp_path / "out", device_name="cpu")):
         with pytest.raises(TrainingError, match=r"does not have it for cpu"):

@@ -1,5 +1,7 @@
 """Files of weights: what is read is what safetensors reads, in memory of PyTorch's own."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ HELD = {
     "f": torch.empty(0, 4),
     "g": torch.arange(7),
     "h": torch.randn(4).to(torch.float8_e4m3fn),
+    "i": torch.randn(600, 500),  # more than a MiB
 }
 
 
@@ -28,8 +31,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_each_tensor_is_read_as_it_is_and_lies_where_pytorch_puts_its_own(path: Path):
-    with weights.unmapped():
+@pytest.mark.parametrize("for_a_moment", [False, True])
+def test_each_tensor_is_read_as_it_is_and_lies_where_pytorch_puts_its_own(path: Path, for_a_moment: bool):
+    with weights.unmapped(for_a_moment=for_a_moment):
         file = modeling_utils.safe_open(path, framework="pt", device="cpu", backend="mmap")
         assert sorted(file.keys()) == sorted(HELD)
         slices = {name: file.get_slice(name) for name in HELD}
@@ -44,6 +48,21 @@ def test_each_tensor_is_read_as_it_is_and_lies_where_pytorch_puts_its_own(path: 
         assert slices["b"].get_dtype() == "BF16"
         assert torch.equal(slices["a"][2:4], HELD["a"][2:4])
         file.__exit__(None, None, None)
+
+
+def test_no_file_is_mapped_where_memory_of_ones_own_is_bounded(path: Path):
+    """A private map of a file counts against RLIMIT_DATA as a whole."""
+    code = (
+        "import resource, sys; from transformers import modeling_utils; from lowres_ft import weights;"
+        "used = int(next(x for x in open('/proc/self/status') if x.startswith('VmData')).split()[1]) * 1024;"
+        "resource.setrlimit(resource.RLIMIT_DATA, (used + 2**20, resource.RLIM_INFINITY));"
+        "context = weights.unmapped(); context.__enter__();"
+        "file = modeling_utils.safe_open(sys.argv[1], framework='pt', device='cpu', backend='mmap');"
+        "print(len(file.keys())); context.__exit__(None, None, None)"
+    )
+    save_file({"large": torch.zeros(2**22)}, path)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr[-300:]) == ("1\n", "")
 
 
 def test_what_is_not_mapped_is_left_alone(path: Path):

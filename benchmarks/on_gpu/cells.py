@@ -10,6 +10,7 @@ Numbers = Literal["bf16", "int8", "nf4"]
 LENGTHS = (512, 2048)
 CAPS = (15.0, 8.0, 6.0)  # GiB
 GOAL_CAP = 12.0  # GiB
+PASSING_CAP = 4.0  # GiB in which layers of 8B parameters pass
 RANK = 16
 _TINY_LENGTH = {512: 16, 2048: 32}
 _TINY_TOKENS = 64
@@ -141,11 +142,13 @@ class Way:
     """Whether each row of a step is a micro-batch of its own."""
     embeddings: bool = False
     """Whether embeddings and output layer are held in int8 too, of ours: that is another experiment."""
+    passing: bool = False
+    """Whether layers lie in the machine's memory and pass through two slots, of ours."""
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Modules of lowres_ft that not every version of it has."""
-        needed = {"recompute": self.recompute != "own", "fused": self.kernel == "triton"}
+        needed = {"recompute": self.recompute != "own", "fused": self.kernel == "triton", "streaming": self.passing}
         return tuple(name for name, yes in needed.items() if yes and self.family == "ours")
 
 
@@ -156,6 +159,7 @@ TRITON = Way("ours triton", "ours", kernel="triton")
 TRAINER = Way("trainer", "trainer")
 CHECKPOINTING = Way("trainer checkpointing", "trainer", recompute="layers")
 PRODUCTS = Way("products", "products")
+PASSING = Way("ours layers, row by row, passing", "ours", recompute="layers", row_by_row=True, passing=True)
 OUR_LADDER = (
     OURS,
     Way("ours row by row", "ours", row_by_row=True),
@@ -166,6 +170,11 @@ OUR_LADDER = (
     Way("ours layers, row by row, int8 embeddings", "ours", recompute="layers", row_by_row=True, embeddings=True),
 )
 """What is tried under a cap, the fastest first, until one fits."""
+PASSING_LADDER = (
+    PASSING,
+    Way(f"{PASSING.name}, int8 embeddings", "ours", recompute="layers", row_by_row=True, embeddings=True, passing=True),
+)
+"""What is tried where less memory is had than the weights take."""
 TRAINER_LADDER = (
     TRAINER,
     CHECKPOINTING,
@@ -215,7 +224,7 @@ class Job:
     def key(self) -> tuple[object, ...]:
         """What it computes, whatever it is called: where a step has one row, there is no cut by rows."""
         way = self.way
-        return (way.family, way.recompute, way.kernel, way.row_by_row and self.rows > 1, way.embeddings)
+        return (way.family, way.recompute, way.kernel, way.row_by_row and self.rows > 1, way.embeddings, way.passing)
 
     @property
     def row(self) -> int:
@@ -250,6 +259,8 @@ def _essential(caps: tuple[float | None, ...] | None) -> Iterator[Cell]:
         yield from _ways(large, "int8", 2048)
     if caps is None:
         yield from _capped(large, "int8", 2048, GOAL_CAP)
+        yield Cell(large, "nf4", 512, PASSING_LADDER, PASSING_CAP)
+        yield Cell(large, "int8", 512, PASSING_LADDER, PASSING_CAP)
     if caps is None or None in caps:
         for numbers in _NUMBERS:
             yield from (Cell(small, numbers, 2048, (way,)) for way in (OURS, TRAINER))

@@ -14,7 +14,7 @@ import torch
 from benchmarks.job import Clock
 from benchmarks.measure import peak_bytes
 from benchmarks.on_gpu.cells import Job
-from lowres_ft import device
+from lowres_ft import device, speed
 
 _GIB = 2**30
 
@@ -51,7 +51,16 @@ def measure(job: Job) -> dict[str, Any]:
         "plan": ready.plan,
         **loaded,
         **_memory(job, context),
+        **_copies(job, ready),
     }
+
+
+def _copies(job: Job, ready: Any) -> dict[str, float]:
+    """Of layers that pass: bytes that a step copied, and how long the bus takes for them."""
+    if ready.copied is None:
+        return {}
+    each = ready.copied() / (job.warmup + job.steps)
+    return {"copied": each, "copying_seconds": each / speed.link(job.device)}
 
 
 def _capped(job: Job) -> int:

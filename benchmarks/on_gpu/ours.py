@@ -11,6 +11,7 @@ from benchmarks.on_gpu.setting import Ready, Setting
 from lowres_ft import device, embedding, model, plan, profiles, quantize, train
 from lowres_ft.model import Loaded
 from lowres_ft.plan import Plan
+from lowres_ft.streaming import Slots
 
 _TIMED_HERE = "products"  # an attention whose kernels are timed, on processors
 
@@ -32,7 +33,9 @@ def build(found: Setting) -> Ready:
         return losses
 
     trained = sum(parameter.numel() for parameter in adapted.trained().values())
-    return Ready(run, trained, resolved.model_dump(mode="json"))
+    place = adapted.stream.place if adapted.stream else None
+    copied = (lambda: place.copied) if isinstance(place, Slots) else None
+    return Ready(run, trained, resolved.model_dump(mode="json"), copied)
 
 
 def _plan(found: Setting, made: Plan) -> Plan:
@@ -47,6 +50,8 @@ def _plan(found: Setting, made: Plan) -> Plan:
         changes["recompute"] = way.recompute
     if way.kernel != "own":
         changes["int8"] = way.kernel
+    if way.passing:
+        changes["offload"] = "layers"
     return made.model_copy(update=changes)
 
 
@@ -59,11 +64,15 @@ def _model(found: Setting, resolved: Plan) -> PreTrainedModel:
     if spec.quantize_embeddings:
         forms |= dict.fromkeys(embedding.layers(made), "int8")
 
+    place = torch.device("cpu" if resolved.offload == "layers" else resolved.device)
+
     def held(name: str, value: Tensor) -> nn.Parameter:
         form = forms.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if form is not None:
-            return quantize.parameter(quantize.quantized(value, form))
-        return nn.Parameter(value.to(dtype), requires_grad=False)
+            room = quantize.empty(value.shape, form, place)
+            quantize.fill(room, value)
+            return quantize.parameter(room)
+        return nn.Parameter(value.to(place, dtype), requires_grad=False)
 
     setting.fill(made, resolved.device, held)
     return made

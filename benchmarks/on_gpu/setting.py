@@ -39,6 +39,8 @@ class Ready:
     trainable_parameters: int
     plan: dict[str, Any] | None = None
     """How our library runs."""
+    copied: Callable[[], int] | None = None
+    """Bytes of layers that were copied so far, where they pass."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Commands about bundles and bases: evaluate, predict, merge, verify and base."""
 
+import csv
+import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -12,6 +14,7 @@ import typer
 
 from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
 from lowres_ft.errors import DataError
+from lowres_ft.harmless import cell
 from lowres_ft.tasks.base import printable
 
 if TYPE_CHECKING:
@@ -19,9 +22,11 @@ if TYPE_CHECKING:
     from lowres_ft.merging import Merged
     from lowres_ft.model import Adapted
     from lowres_ft.plan import Plan
+    from lowres_ft.tasks.base import Task
 
     Loaded = tuple[Adapted, Plan]
 
+_TABLES = {".csv": ",", ".tsv": "\t"}
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
     DtypeName | None,
@@ -63,7 +68,10 @@ def predict(
         str | None,
         typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or one text a line; - is standard input."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the screen.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write to this file instead of the screen; a table if it ends in .csv or .tsv."),
+    ] = None,
     uncalibrated: Annotated[
         bool, typer.Option("--uncalibrated", help="Probabilities as the model gives them, without the temperature.")
     ] = False,
@@ -91,10 +99,46 @@ def predict(
             found = predictor(prediction.examples(opened, str(file)))
         else:
             found = predictor.texts(typed())
-        for one in found:
-            line = json.dumps(one, ensure_ascii=False) if as_json else "" if streams else opened.recipe.task.line(one)
-            sink.write(line + "\n")
-            sink.flush()
+        if not _write(found, sink, _form(out, opened.recipe.task, as_json, streams)):
+            raise DataError("there is no text to predict on: all that came is empty", hint="Give a text a line.")
+
+
+def _form(out: Path | None, task: "Task", as_json: bool, streams: bool) -> Callable[[dict[str, Any]], Iterable[str]]:
+    """What makes lines of a prediction: a table where the file's name asks for one."""
+    if as_json:
+        return lambda one: [json.dumps(one, ensure_ascii=False)]
+    if out is not None and out.suffix.lower() in _TABLES:
+        return table(_TABLES[out.suffix.lower()])
+    return lambda one: ["" if streams else task.line(one)]
+
+
+def _write(found: Iterable[dict[str, Any]], sink: TextIO, form: Callable[[dict[str, Any]], Iterable[str]]) -> int:
+    """Write predictions as they come; return how many there were."""
+    count = 0
+    for one in found:
+        count += 1
+        sink.write("".join(f"{line}\n" for line in form(one)))
+        sink.flush()
+    return count
+
+
+def table(delimiter: str) -> Callable[[dict[str, Any]], Iterable[str]]:
+    """What makes a row of a table of each prediction, after a header; no cell is one that a spreadsheet computes."""
+    header: list[str] = []
+
+    def rows(one: dict[str, Any]) -> Iterator[str]:
+        if not header:
+            header.extend(one)
+            yield row(header)
+        yield row([one[name] for name in header])
+
+    def row(values: list[Any]) -> str:
+        text = io.StringIO()
+        told = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+        csv.writer(text, delimiter=delimiter, lineterminator="").writerow(map(cell, told))
+        return text.getvalue()
+
+    return rows
 
 
 def _require_one(texts: list[str] | None, file: str | None) -> None:

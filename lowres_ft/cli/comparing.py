@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowres_ft.cli.options import Base, Device, Json, Quiet
+from lowres_ft.harmless import harmless
 from lowres_ft.tasks.base import printable
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ def _show(found: "Comparison", rows: int) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN, highlight=False, markup=False)
-    console.print(f"{found.rows:,} rows ({found.source})")
+    console.print(harmless(f"{found.rows:,} rows ({found.source})"))
     console.print(_bundles(found))
     for place, one in enumerate(found.contenders):
         for sentence in _told(place, one):
-            console.print(sentence)
+            console.print(harmless(sentence))
     for sentence in verdicts(found):
-        console.print(sentence)
+        console.print(harmless(sentence))
     _changes(found, rows, console)
 
 

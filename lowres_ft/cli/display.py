@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from lowres_ft import spec
 from lowres_ft.events import Evaluated, Event, Fetching, Listener, Note, Stage, Trained, unheard
+from lowres_ft.harmless import harmless
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 _SMOOTH = 0.9  # of the loss that is shown
@@ -52,9 +53,9 @@ class Display:
         match event:
             case Stage(text):
                 self._end()
-                self.console.print(escape(f"{text} ..."))
+                self.console.print(escape(f"{harmless(text)} ..."))
             case Note(text):
-                self.console.print(escape(f"note: {text}"))
+                self.console.print(escape(f"note: {harmless(text)}"))
             case Fetching(what, done, total):
                 self._advance(f"fetching {what}", done, total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
             case Trained(step, total):

@@ -1,0 +1,60 @@
+"""Files that others made: read within limits, and only from the folder that was named."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lowres_ft.errors import LowresError
+from lowres_ft.sizes import show_bytes
+
+
+def read_bytes(path: Path, most: int, kind: type[LowresError]) -> bytes:
+    """The content of a file of at most `most` bytes.
+
+    Raises:
+        kind: It is larger, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(content) > most:
+        raise kind(f"{path} is larger than {show_bytes(most)}", hint="No file of this kind is that large.")
+    return content
+
+
+def read_json(path: Path, most: int, kind: type[LowresError]) -> dict[str, Any]:
+    """The object that a JSON file of at most `most` bytes holds.
+
+    Raises:
+        kind: It cannot be read, or is no object in JSON.
+    """
+    try:
+        content = json.loads(read_bytes(path, most, kind).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, among it
+        raise kind(f"{path}: cannot be read: {error}", hint="It is damaged: fetch it again.") from error
+    if not isinstance(content, dict):
+        raise kind(f"{path} is not an object in JSON", hint="It is damaged: fetch it again.")
+    return content
+
+
+def require_inside(folder: Path, name: str, kind: type[LowresError]) -> Path:
+    """The file called `name` in a folder, as far as its bytes lie in it too.
+
+    In a snapshot of the Hub's cache, files are links to `blobs` of the same repository.
+
+    Raises:
+        kind: The name leads elsewhere, or is a link to what lies elsewhere.
+    """
+    path = folder / name
+    plain = Path(name).name == name and not any(mark in name for mark in "\\\0") and 0 < len(os.fsencode(name)) < 256
+    if not plain or name in (".", ".."):
+        raise kind(f"{folder}: {name!r} is no name of a file of that folder", hint="Nothing else is read.")
+    if path.is_symlink():
+        home, place = folder.resolve(), path.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+        if not place.is_relative_to(home) and not (blobs and place.is_relative_to(blobs)):
+            raise kind(f"{path} is a link to {place}, outside of its folder", hint="Put the file itself there.")
+    return path
