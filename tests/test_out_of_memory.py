@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowres_ft import data, evaluate, fitting, model, packing, shortage
 from lowres_ft.batches import Tokens, collate
 from lowres_ft.errors import OutOfMemoryError
-from lowres_ft.model import Adapted
 from lowres_ft.fitting import Ready
+from lowres_ft.model import Adapted
 from lowres_ft.pipeline import run
 from lowres_ft.recipe import Recipe
 from lowres_ft.shortage import Room

@@ -165,7 +165,7 @@ def test_an_interrupted_run_keeps_its_metrics_and_says_so(bases: Bases, reviews:
         run(wanted, tmp_path / "bundle", device_name="cpu", listen=interrupt)
     assert "no bundle was written;" in caught.value.__notes__[0]
     kept = tmp_path / "bundle.run"
-    assert {path.name for path in kept.iterdir()} - {"lock"} == {"metrics.jsonl", "plan.json"}
+    assert {path.name for path in kept.iterdir()} - {"lock"} == {"metrics.jsonl", "plan.json", "run.json"}
     lines = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == [1, 2, 3]
     assert all(line["loss"] > 0 for line in lines)
