@@ -115,20 +115,18 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, *, hint: str = "Make room or choose another place with --out.") -> Iterator[None]:
     """Turn an OSError inside into an OutputError that names `path`; also one that a library in Rust tells in words."""
     try:
         yield
     except OSError as error:
-        raise _cannot(path, error.strerror or str(error)) from error
+        why = error.strerror or str(error)
+        raise OutputError(f"{path}: cannot be written: {why}", hint=hint) from error
     except Exception as error:
         if told := re.search(r"\(os error (\d+)\)", str(error)):
-            raise _cannot(path, os.strerror(int(told[1]))) from error
+            why = os.strerror(int(told[1]))
+            raise OutputError(f"{path}: cannot be written: {why}", hint=hint) from error
         raise
-
-
-def _cannot(path: Path, why: str) -> OutputError:
-    return OutputError(f"{path}: cannot be written: {why}", hint="Make room or choose another place with --out.")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lowres_ft.clean import known
 from lowres_ft.errors import RecipeError, nearest
 from lowres_ft.methods.base import Method
 from lowres_ft.overrides import override
-from lowres_ft.sizes import parse_bytes, parse_seconds
+from lowres_ft.sizes import parse_bytes, require_rhythm
 from lowres_ft.spec import Spec, problems, shown, unknown
 from lowres_ft.tasks.base import Task
 
@@ -112,23 +112,11 @@ class TrainSpec(Spec):
     """Steps between evaluations on validation; null for once an epoch."""
     early_stopping: EarlyStopping | None = None
     """Stop when validation no longer improves; null trains to the end. The best step is kept either way."""
-    checkpoint_every: int | str = "auto"
+    checkpoint_every: Annotated[int | str, AfterValidator(require_rhythm)] = "auto"
     """How often a run saves where it stands: after so many steps (`50`), after some time (`5m`), or `none`, only when a
     signal stops it. `auto` is once a minute, or as seldom as it takes to stay below 1 % of the time."""
     seed: int = Field(default=7, ge=0, lt=2**31)
     """Decides splits, order, initial weights and dropout."""
-
-    @field_validator("checkpoint_every")
-    @classmethod
-    def _a_rhythm(cls, every: int | str) -> int | str:
-        try:
-            if isinstance(every, int) and every < 1:
-                raise ValueError
-            if isinstance(every, str) and every not in ("auto", "none", "off"):
-                parse_seconds(every)
-        except ValueError:
-            raise ValueError("must be a number of steps, a duration such as 5m, auto or none") from None
-        return every
 
 
 class BudgetSpec(Spec):

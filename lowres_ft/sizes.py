@@ -35,6 +35,22 @@ def parse_seconds(text: str) -> float:
     return found
 
 
+def require_rhythm(every: int | str) -> int | str:
+    """See that something is to be done every so many steps, or after such a duration; `auto`, `none` and `off` pass.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    try:
+        if isinstance(every, int) and every < 1:
+            raise ValueError
+        if isinstance(every, str) and every not in ("auto", "none", "off"):
+            parse_seconds(every)
+    except ValueError:
+        raise ValueError("must be a number of steps, a duration such as 5m, auto or none") from None
+    return every
+
+
 def _parsed(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> float:
     match = _WRITTEN.fullmatch(text.strip())
     if match is None or match[2] not in units:

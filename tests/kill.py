@@ -279,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
             if number % 10 == 9:
                 trial.kill_command()
             else:
-                while not trial.kill_in(list(PHASES)[number % len(PHASES)]):
+                rarest = min(PHASES, key=lambda letter: sum(counts[PHASES[letter], one] for one in tasks))
+                while not trial.kill_in(rarest):
                     shutil.rmtree(place)
                     place.mkdir()
                 if number % 4 == 3:

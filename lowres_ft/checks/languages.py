@@ -1,9 +1,11 @@
 """A few rows in another script or another language than the rest."""
 
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,6 +13,7 @@ from pydantic import Field
 
 from lowres_ft.checks._survey import Part, Survey, shown, texts
 from lowres_ft.checks.base import Check, Finding
+from lowres_ft.files import writing
 
 _TOGETHER = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "HALFWIDTH": "CJK", "BOPOMOFO": "CJK"}
 """Scripts that are written together; HALFWIDTH stands before the names of narrow kana."""
@@ -61,7 +64,8 @@ class Languages(Check):
         """The language of each text of the usual script that is long enough, where it is sure."""
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-        identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        with writing(Path(tempfile.gettempdir()), hint="Make room there, or name another folder in TMPDIR."):
+            identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # unpacks itself
         found: list[str | None] = []
         for text, script in zip(said, scripts, strict=True):
             if script != usual or sum(map(str.isalpha, text)) < self.letters:
