@@ -101,8 +101,10 @@ def run_folder(name: str, out: str | Path | None, machine: Machine, wish: Wish |
 
 def _what_is_kept(folder: Path, found: Checkpoint | None, *, kept: bool) -> str:
     if found is not None:
-        return f"{folder} keeps the run up to step {found.step} of {found.total}; --resume goes on from there"
-    return f"no bundle was written; {f'{folder} keeps plan.json and metrics.jsonl' if kept else 'nothing was kept'}"
+        what = f"{folder} keeps the run up to step {found.step} of {found.total}; --resume goes on from there"
+    else:
+        what = f"{folder} keeps plan.json and metrics.jsonl" if kept else "nothing was kept"
+    return f"no bundle was written; {what}"
 
 
 def _as_claimed(told: str, folder: Path) -> Place:

@@ -111,7 +111,7 @@ def test_a_signal_saves_the_last_whole_step(long: Recipe, tmp_path: Path, number
     assert state["step"] == numbers[-1]
     assert err.splitlines() == [
         "interrupted",
-        f"{tmp_path / 'out.run'} keeps the run up to step {state['step']} of 3000; --resume goes on from there",
+        f"no bundle was written; {tmp_path / 'out.run'} keeps the run up to step {state['step']} of 3000; --resume goes on from there",
     ]
     assert sorted(path.name for path in (tmp_path / "out.run").iterdir()) == [
         *("checkpoints", "lock", "metrics.jsonl", "plan.json", "run.json"),
