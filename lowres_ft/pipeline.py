@@ -242,7 +242,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     profile = profiled(resolved, resolved.task, base, machine)
     like = None if place.found is None else place.found.plan
     plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine, like=like), machine)
-    plan, replanned = resuming.settled(plan, place.found)
+    plan, replanned = resuming.settled(plan, place.found, resolved)
     for text in replanned:
         listen(Note(text))
     if plan.pinned_cut:

@@ -126,25 +126,30 @@ def note(folder: Path, recipe: Recipe, rows: Data, base: Base, machine: Machine,
     place: dict[str, Any] = {"device": machine.device, "host": machine.host, "threads": machine.threads}
     place |= {"processes": machine.processes} | versions()
     told: tuple[str, ...] = ()
-    resumed = 0
+    resumed, budget = 0, recipe.budget.model_dump(mode="json")
     if goes_on:
         require_same(folder, "data", data)
         require_same(folder, "base", identity)
         before = known(folder)
-        resumed = int(before.get("resumed", 0)) + 1
+        resumed, budget = int(before.get("resumed", 0)) + 1, before.get("budget", budget)
         if changed := differences(before.get("machine", {}), place):
             told = (f"the run began otherwise ({'; '.join(changed)}): {ROUNDING}",)
     content = {"format": 1, "recipe": experiment(recipe), "data": data, "base": identity, "machine": place}
-    files.write_json(folder / IDENTITY, content | {"budget": recipe.budget.model_dump(mode="json"), "resumed": resumed})
+    files.write_json(folder / IDENTITY, content | {"budget": budget, "resumed": resumed})
     return told
 
 
-def settled(made: Plan, found: Checkpoint | None) -> tuple[Plan, list[str]]:
-    """The plan that a run goes on by: the one that it was begun by where this machine can follow it."""
+def settled(made: Plan, found: Checkpoint | None, recipe: Recipe) -> tuple[Plan, list[str]]:
+    """The plan that a run goes on by: the one that it was begun by, where device and budget are those of then."""
     if found is None:
         return made, []
     kept = found.plan
     if kept.device.partition(":")[0] != made.device.partition(":")[0]:
         return made, [f"the run began on {kept.device} and goes on on {made.device} by a new plan: {ROUNDING}"]
     update = {name: getattr(made, name) for name in ("device", "threads", "processes")}
-    return kept.model_copy(update=update), []
+    kept = kept.model_copy(update=update)
+    budget = recipe.budget.model_dump(mode="json")
+    if known(found.folder.parents[1]).get("budget") == budget or made == kept:
+        return kept, []
+    changed = differences(kept.model_dump(mode="json"), made.model_dump(mode="json"))
+    return made, [f"the budget was changed, and with it the plan ({'; '.join(changed)}): {ROUNDING}"]

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -132,8 +134,11 @@ def test_changed_rows_and_a_changed_base_are_refused(bases: Bases, reviews: Path
 
 def test_how_it_is_computed_and_saved_may_change(bases: Bases, reviews: Path, wanted: Recipe, tmp_path: Path):
     interrupted(wanted, tmp_path / "out", 5)
-    other = recipe(bases(), reviews, *LONG, *STOPPING, "train.checkpoint_every=5m", "budget.memory=8GiB")
-    assert run(other, tmp_path / "out", device_name="cpu", resume=True).folder.is_dir()
+    other = recipe(bases(), reviews, *LONG, *STOPPING, "train.checkpoint_every=5m", "budget.recompute=layers")
+    seen: list[Event] = []
+    run(other, tmp_path / "out", device_name="cpu", listen=seen.append, resume=True)
+    told = "the budget was changed, and with it the plan (recompute: was 'none', is 'layers')"
+    assert any(event.text.startswith(told) for event in seen if isinstance(event, Note))
 
 
 def test_other_versions_are_told(wanted: Recipe, tmp_path: Path):
@@ -242,6 +247,36 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_older(
     assert "keeps the run up to step 4 of 18; --resume goes on from there" in caught.value.__notes__[0]
     monkeypatch.undo()
     assert run(wanted, tmp_path / "out", device_name="cpu", resume=True).folder.is_dir()
+
+
+@pytest.mark.parametrize(("answer", "first"), [("", 5), ("y", 5), ("n", 1)])
+def test_on_a_terminal_it_is_asked(wanted: Recipe, tmp_path: Path, answer: str, first: int):
+    interrupted(wanted, tmp_path / "out", 5)
+    (tmp_path / "wanted.yaml").write_text(wanted.to_yaml())
+    command = [sys.executable, "-m", "lowres_ft", "recipe", str(tmp_path / "wanted.yaml"), "--device", "cpu"]
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        stdin=theirs,
+        stderr=theirs,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        os.close(theirs)
+        told = b""
+        with suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(ours, 4096):
+                told += part
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    os.close(ours)
+    assert process.returncode == 0, told.decode()
+    assert b"Go on from step 4 of 18? [Y/n]" in told
+    assert (b"going on after step 4 of 18" in told) == (first == 5)
+    assert f"bundle {tmp_path / 'out'}" in printed
 
 
 def test_two_processes_go_on_together(wanted: Recipe, tmp_path: Path):
