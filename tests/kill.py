@@ -172,7 +172,8 @@ def kill(child: Child, letter: str, occurrence: int, delay: float) -> str | None
     due = None
     while due is None or time.monotonic() < due:
         if not child.listen(60 if due is None else due - time.monotonic()):
-            child.end()
+            if code := child.end():
+                raise ChildProcessError(f"a run that nobody killed ended with {code}")
             return None
         begins = [when for when, told in child.heard if told == letter]
         if due is None and len(begins) > occurrence:
@@ -208,7 +209,10 @@ class Trial:
         """Kill the run in a phase, drawing the moment; False where it was done before."""
         times = self.straight.spans[letter]
         occurrence = self.drawn.randrange(len(times)) if not self.killed else 0
-        phase = kill(self.start(), letter, occurrence, self.drawn.random() * times[occurrence])
+        try:
+            phase = kill(self.start(), letter, occurrence, self.drawn.random() * times[occurrence])
+        except ChildProcessError as error:
+            raise SystemExit(f"{error}:\n{(self.room / 'log').read_text()[-2000:]}") from None
         if phase:
             self.killed.append(phase)
             self.look()
@@ -289,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
             counts.update((phase, task) for phase in trial.killed)
             wrong += [f"run {number} ({task}, killed in {', '.join(trial.killed)}): {one}" for one in trial.wrong]
             shutil.rmtree(place)
+            print(f"run {number + 1}: {task}, killed in {', '.join(trial.killed)}", file=sys.stderr, flush=True)
         litter = [path for path in (room / "cache").rglob("*") if path.name.endswith((".tmp", ".partial"))]
         wrong += [f"left in the cache: {path.name}" for path in litter]
     print(table(counts, tasks))
