@@ -41,9 +41,9 @@ def pages(size: int = 90 * 2**20, count: int = 12) -> float:
     import torch
 
     from lowres_ft import mapped
-    from lowres_ft.mapped import Room
+    from lowres_ft.mapped import Need
 
-    room = Room(torch.Size([size]), torch.uint8)
+    room = Need(torch.Size([size]), torch.uint8)
     blocks = mapped.blocks([[room]] * count)
     tensors = [block.tensor(room).random_() for block in blocks]
     for block in blocks:

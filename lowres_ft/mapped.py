@@ -23,7 +23,7 @@ _ALIGNED = 64  # bytes: PyTorch's own tensors begin so, and the last bit of a pr
 _PART, _PARTS = 2**23, 32  # bytes at once, and how often, to measure a disk
 
 
-class Room(NamedTuple):
+class Need(NamedTuple):
     """What a tensor needs of a block."""
 
     shape: torch.Size
@@ -45,7 +45,7 @@ class Block:
         self.bytes: Tensor = torch.frombuffer(self.map, dtype=torch.uint8)
         self.used = 0
 
-    def tensor(self, room: Room) -> Tensor:
+    def tensor(self, room: Need) -> Tensor:
         """The next tensor of the block, whose values are those of the file."""
         part = self.bytes[self.used : self.used + room.shape.numel() * room.dtype.itemsize]
         self.used += room.bytes
@@ -98,7 +98,7 @@ def possible() -> bool:
     return hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fallocate")
 
 
-def blocks(rooms: Sequence[Sequence[Room]]) -> list[Block]:
+def blocks(rooms: Sequence[Sequence[Need]]) -> list[Block]:
     """Blocks of one new file, each with room for its tensors.
 
     Raises:

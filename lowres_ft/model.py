@@ -163,19 +163,8 @@ def adapt(recipe: Recipe, base: Base, profile: Profile, plan: Plan, loaded: Load
     recompute.apply(model, profile.stack, plan.recompute)
     stream = streaming.begin(model, profile.stack, plan.device, blocks) if plan.offload == "layers" else None
     model.train(recipe.model.dropout > 0)
-    known = (
-        recipe.task,
-        recipe.method,
-        base,
-        heads,
-        chosen,
-        keys,
-        dtype,
-        profile.parameters,
-        recipe.data.clean,
-        stream,
-    )
-    return Adapted(model, tokenizer, *known)
+    known = (recipe.task, recipe.method, base, heads, chosen, keys, dtype, profile.parameters)
+    return Adapted(model, tokenizer, *known, recipe.data.clean, stream)
 
 
 def _originals(recipe: Recipe, base: Base, plan: Plan, heads: tuple[str, ...]) -> dict[str, Tensor]:

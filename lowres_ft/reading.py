@@ -17,7 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowres_ft import embedding, mapped, profiles, quantize
-from lowres_ft.mapped import Block, Room
+from lowres_ft.mapped import Block, Need
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import ModelSpec, Recipe
 from lowres_ft.storage import Int8, Nf4
@@ -116,7 +116,7 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
         """Rooms in a mapped file: a block for each layer, and one for words."""
         assert self.config.passing is not None
         groups = list(_groups(model, self.config.passing.stack))
-        needed: list[list[Room]] = []
+        needed: list[list[Need]] = []
         for names in groups:
             needed.append([])
             for name in names:
@@ -129,14 +129,14 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
                     model,
                     name,
                     found,
-                    lambda dtype, *sizes, block=block: block.tensor(Room(torch.Size(sizes), dtype)),
+                    lambda dtype, *sizes, block=block: block.tensor(Need(torch.Size(sizes), dtype)),
                 )
         return rooms
 
     def _room(
         self, model: PreTrainedModel, name: str, found: dict[str, str], make: quantize.Make
     ) -> Int8 | Nf4 | Tensor:
-        """Room for a parameter, of tensors that `make` makes."""
+        """Need for a parameter, of tensors that `make` makes."""
         owner = name.rpartition(".")[0]
         if owner in found and name.endswith(".weight"):
             return quantize.held_in(shape(model.get_submodule(owner)), found[owner], make)
@@ -196,9 +196,9 @@ def _groups(model: PreTrainedModel, stack: str) -> Iterator[list[str]]:
     yield [name for name in matrices if id(model.get_submodule(name.rpartition(".")[0])) in words and name not in tied]
 
 
-def _noted(rooms: list[Room], dtype: torch.dtype, sizes: tuple[int, ...]) -> Tensor:
+def _noted(rooms: list[Need], dtype: torch.dtype, sizes: tuple[int, ...]) -> Tensor:
     """A tensor without memory; the room that it would need is noted."""
-    rooms.append(Room(torch.Size(sizes), dtype))
+    rooms.append(Need(torch.Size(sizes), dtype))
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lowres_ft import mapped
-from lowres_ft.mapped import Block, Room
+from lowres_ft.mapped import Block, Need
 from lowres_ft.storage import Storage
 
 _SLOTS = 2
@@ -267,9 +267,9 @@ def _blocks(layers: Sequence[nn.Module], known: Sequence[Block]) -> Iterator[Blo
         if at < len(known) and all(known[at].place(tensor) is not None for tensor in tensors):
             yield known[at]
             continue
-        (block,) = mapped.blocks([[Room(tensor.shape, tensor.dtype) for tensor in tensors]])
+        (block,) = mapped.blocks([[Need(tensor.shape, tensor.dtype) for tensor in tensors]])
         for tensor in tensors:
-            tensor.data = block.tensor(Room(tensor.shape, tensor.dtype)).copy_(tensor)
+            tensor.data = block.tensor(Need(tensor.shape, tensor.dtype)).copy_(tensor)
         block.drop()
         yield block
 

@@ -292,8 +292,6 @@ def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarra
 
 
 _NOT_FINITE_HINT = "Lower train.learning_rate, or use model.dtype=float32."
-
-
 _AT_ONCE_HINT = "Nothing was learned yet: the base's weights are at fault, or model.dtype=float32 is needed."
 
 

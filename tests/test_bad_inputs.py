@@ -177,6 +177,16 @@ def files_table(name: str, record: object) -> Damage:
     return change
 
 
+def other_base(folder: Path) -> None:
+    """Put a base of the same shapes in the place of the bundle's."""
+    tiny.base(folder / "base", seed=1)
+
+
+def without_head(held: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in held if "classifier" in name]:
+        del held[name]
+
+
 def nan(held: dict[str, torch.Tensor]) -> None:
     for tensor in held.values():
         if tensor.is_floating_point():
@@ -201,6 +211,7 @@ def table(*rows: dict) -> bytes:
 INDEX = "base/model.safetensors.index.json"
 RECORD = {"sha256": "0" * 64, "size": 1}
 PICKLE = pickle.dumps(Canary())
+HEADLESS = sealed(tensors("bundle/adapter_model.safetensors", without_head))
 
 DATA = [
     Bad("no such file", TRAIN.format(file="reviwes.csv"), "did you mean 'reviews.csv'?"),
@@ -401,24 +412,24 @@ BUNDLE = [
         "labels is ('bad', 'good')",
         damage=sealed(replace("bundle/recipe.yaml", "- bad\n    - good", "- good\n    - bad")),
     ),
-    Bad("another base, verify", VERIFY, "the base at", damage=lambda folder: tiny.base(folder / "base", seed=1)),
+    Bad("another base, verify", VERIFY, "the base at", damage=other_base),
     Bad(
         "another base, predict",
         "predict bundle x -q",
         "is another one",
-        damage=lambda folder: tiny.base(folder / "base", seed=1),
+        damage=other_base,
     ),
     Bad(
         "another base, merge",
         "merge bundle out -q",
         "is another one",
-        damage=lambda folder: tiny.base(folder / "base", seed=1),
+        damage=other_base,
     ),
     Bad(
         "another base, evaluate",
         "evaluate bundle -q",
         "is another one",
-        damage=lambda folder: tiny.base(folder / "base", seed=1),
+        damage=other_base,
     ),
     Bad("another tokenizer", VERIFY, "tokenizer_sha256", damage=flip("base/tokenizer.json", 40)),
     Bad("tokenizer missing", VERIFY, "lacks tokenizer.json", damage=remove("bundle/tokenizer.json")),
@@ -426,23 +437,13 @@ BUNDLE = [
         "head missing",
         VERIFY,
         "do not belong to this model",
-        damage=sealed(
-            tensors(
-                "bundle/adapter_model.safetensors",
-                lambda held: [held.pop(name) for name in list(held) if "classifier" in name],
-            )
-        ),
+        damage=HEADLESS,
     ),
     Bad(
         "head missing, predict",
         "predict bundle x -q",
         "do not belong to this model",
-        damage=sealed(
-            tensors(
-                "bundle/adapter_model.safetensors",
-                lambda held: [held.pop(name) for name in list(held) if "classifier" in name],
-            )
-        ),
+        damage=HEADLESS,
     ),
     Bad(
         "adapter of another",

@@ -5,14 +5,14 @@ import torch
 
 from lowres_ft import mapped
 from lowres_ft.errors import OutputError
-from lowres_ft.mapped import Block, Room
+from lowres_ft.mapped import Block, Need
 
 
 def test_blocks_hold_tensors_where_pytorch_would_let_them_begin():
     rooms = [
-        Room(torch.Size([3, 5]), torch.float32),
-        Room(torch.Size([7]), torch.int8),
-        Room(torch.Size([]), torch.float32),
+        Need(torch.Size([3, 5]), torch.float32),
+        Need(torch.Size([7]), torch.int8),
+        Need(torch.Size([]), torch.float32),
     ]
     first, second = mapped.blocks([rooms, rooms])
     made = [block.tensor(room) for block in (first, second) for room in rooms]
@@ -32,12 +32,12 @@ def test_a_disk_without_room_is_told(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(OutputError, match=r"1\.0 GiB of layers cannot be written: No space left") as caught:
-        mapped.blocks([[Room(torch.Size([2**30]), torch.uint8)]])
+        mapped.blocks([[Need(torch.Size([2**30]), torch.uint8)]])
     assert "LOWRES_FT_CACHE" in caught.value.hint
 
 
 def test_a_block_belongs_to_one_file_that_has_no_name():
-    (block,) = mapped.blocks([[Room(torch.Size([4]), torch.float32)]])
+    (block,) = mapped.blocks([[Need(torch.Size([4]), torch.float32)]])
     assert isinstance(block, Block)
     assert not list((mapped.cache_dir() / "streaming").iterdir())
 
