@@ -29,7 +29,7 @@ from typing import Any
 
 from lowres_ft.errors import LowresError
 
-LIMIT = 5.0  # seconds for one file
+LIMIT = 5.0  # seconds of the processor for one file: others may use it too
 _ROOM = 3 << 30  # bytes that reading small files may take beyond what the process has
 
 TOKENS = [
@@ -378,8 +378,8 @@ def attempt(reader: Reader, data: bytes) -> str | None:
         raise Hang
 
     reader.place.write_bytes(data)
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -393,8 +393,8 @@ def attempt(reader: Reader, data: bytes) -> str | None:
     except BaseException:  # noqa: BLE001 (a panic of Rust is no Exception)
         return traceback.format_exc()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     reader.taken += 1
     return None
 
