@@ -19,7 +19,7 @@ def status() -> dict[str, int]:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train a recipe; return the memory after each stage, resident and at most so far."""
     from benchmarks import shapes
-    from lowres_ft import data, device, evaluate, pipeline, train
+    from lowres_ft import data, device, evaluate, preparing, train
     from lowres_ft.runs import run_folder
 
     found: dict[str, Any] = {"imported": status()}
@@ -30,7 +30,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         rows = data.load(recipe, place.work)
         resolved = recipe.model_copy(update={"task": rows.task})
         found["read"] = status()
-        ready = pipeline.prepare(resolved, rows, machine, place)
+        ready = preparing.prepare(resolved, rows, machine, place)
         found["loaded"] = status()
         state = train.start(resolved, ready.adapted, ready.tokens["train"], ready.plan)
         for _ in train.train(state, ready.tokens["train"], ready.plan, machine):

@@ -62,7 +62,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if job["cold"]:
         leave_no_cache()
     from benchmarks import shapes
-    from lowres_ft import data, device, evaluate, pipeline, train
+    from lowres_ft import data, device, evaluate, preparing, train
     from lowres_ft.runs import run_folder
     from lowres_ft.streaming import Pages
 
@@ -72,7 +72,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         rows = data.load(recipe, place.work)
         resolved = recipe.model_copy(update={"task": rows.task})
         began = time.perf_counter()
-        ready = pipeline.prepare(resolved, rows, machine, place)
+        ready = preparing.prepare(resolved, rows, machine, place)
         loading = time.perf_counter() - began
         stream = ready.adapted.stream
         for block in stream.place.layers if stream is not None and isinstance(stream.place, Pages) else ():

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ import torch
 from lowres_ft.errors import DataError
 from lowres_ft.files import writing
 from lowres_ft.model import Adapted
-from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged, supervised
+from lowres_ft.tasks.base import IGNORED, Batch, Encoded, Ragged, Task, supervised
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lowres_ft.data import Rows
 
 _WINDOW = 16  # batches that are sorted by length together, so that little of a batch is padding
@@ -92,7 +94,24 @@ class Tokens:
         return [str(where) for where in self.rows.table["where"].take(self.rows.index[rows]).to_pylist()]
 
 
-def tokenize(adapted: Adapted, rows: "Rows", path: Path) -> Tokens:
+class Tokenizing(Protocol):
+    """What reads rows, such as an adapted model."""
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
+
+
+class Reader(NamedTuple):
+    """What reads rows before a model is loaded."""
+
+    task: Task
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def tokenize(reader: Tokenizing, rows: "Rows", path: Path) -> Tokens:
     """Tokenize a split into files at `path` (.ids, .targets and .segments), which are then memory-mapped.
 
     Raises:
@@ -105,9 +124,9 @@ def tokenize(adapted: Adapted, rows: "Rows", path: Path) -> Tokens:
     left_out: list[str] = []
     with writing(path), ExitStack() as stack:
         sinks = [stack.enter_context(open(file, "wb")) for file in files]
-        examples = rows.examples(adapted.task)
+        examples = rows.examples(reader.task)
         while part := [example for _, example in zip(range(_AT_ONCE), examples, strict=False)]:
-            for example, row in zip(part, adapted.task.encode(adapted.tokenizer, part), strict=True):
+            for example, row in zip(part, reader.task.encode(reader.tokenizer, part), strict=True):
                 codes = _codes(row[0]) if row and not any(sequences) else codes
                 sequences.append(len(row))
                 left_out += [] if row else [example.where]
@@ -116,13 +135,31 @@ def tokenize(adapted: Adapted, rows: "Rows", path: Path) -> Tokens:
                         sink.write(array(code, values).tobytes())
                         count.append(len(values))
     if not any(sequences):
-        raise DataError(f"no row can be used; all were left out, such as {left_out[0]}")
+        raise _none_left(left_out[0])
     kept = np.flatnonzero(sequences)
     starts = [np.cumsum(count, dtype=np.int64) for count in counts]
     flat = [np.memmap(file, dtype=code, mode="r") for file, code in zip(files[:2], codes, strict=False)]
     segments = np.memmap(files[2], dtype=np.uint8, mode="r") if starts[2][-1] else None
     firsts = np.cumsum([0, *(sequences[row] for row in kept)], dtype=np.int64)
     return Tokens(flat[0], starts[0], flat[1], starts[1], firsts, rows.take(kept), tuple(left_out), segments)
+
+
+def _none_left(first: str) -> DataError:
+    return DataError(f"no row can be used; all were left out, such as {first}")
+
+
+def sample(reader: Tokenizing, rows: "Rows", most: int, seed: int) -> Tokens:
+    """At most so many rows of a split, tokenized in memory: how long the others are, too.
+
+    Raises:
+        DataError: None of them can be trained on.
+    """
+    drawn = np.random.default_rng([seed, 4]).permutation(len(rows))[:most]
+    examples = list(rows.take(np.sort(drawn)).examples(reader.task))
+    encoded = [row for row in reader.task.encode(reader.tokenizer, examples) if row]
+    if not encoded:
+        raise _none_left(examples[0].where)
+    return in_memory(encoded)
 
 
 def chosen(tokens: Tokens, rows: np.ndarray) -> Tokens:

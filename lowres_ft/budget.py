@@ -39,8 +39,12 @@ def room(recipe: Recipe, machine: Machine) -> int | None:
     return device.free_bytes(machine.device) if recipe.budget.memory == "auto" else parse_bytes(recipe.budget.memory)
 
 
-def within(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Machine) -> Plan:
+def within(
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Machine, lengths: Sequence[int] = ()
+) -> Plan:
     """The plan, made as frugal as the recipe's budget of memory asks for.
+
+    Texts have `lengths`, or are as long as the recipe lets them be.
 
     Raises:
         ModelError: No plan fits; the message lists changes of the recipe and what each of them saves.
@@ -48,7 +52,9 @@ def within(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     most = room(recipe, machine)
     if most is None:
         return plan
-    return settle(recipe, plan, profile, most, lambda one, by: memory.estimate(one, base, profile, by)[0].total)
+    return settle(
+        recipe, plan, profile, most, lambda one, by: memory.estimate(one, base, profile, by, lengths)[0].total
+    )
 
 
 def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs) -> Plan:

@@ -23,6 +23,7 @@ from lowres_ft import (
     model,
     pipeline,
     powerlaw,
+    preparing,
 )
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
@@ -255,7 +256,7 @@ class _Setting:
         if rows.test is None:
             raise DataError("data.test is null, so there is nothing to score on", hint="Hold out a share, or a file.")
         base = bases.resolve(recipe.model, progress)
-        return cls(recipe, rows, machine, base, pipeline.profiled(recipe, rows.task, base, machine), work, {})
+        return cls(recipe, rows, machine, base, preparing.profiled(recipe, rows.task, base, machine), work, {})
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,8 @@ class Trained:
 
     step: "Step"
     total: int
+    left: float
+    """Seconds to the end of training, as far as is known."""
 
 
 @dataclass(frozen=True)

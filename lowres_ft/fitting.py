@@ -7,15 +7,19 @@ from typing import TextIO
 from lowres_ft import batches, device, evaluate, stopping, train
 from lowres_ft.batches import Tokens
 from lowres_ft.checkpoint import Record
+from lowres_ft.course import Clock, Course
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.events import Evaluated, Listener, Note, Trained, unheard
+from lowres_ft.expectation import Expected
 from lowres_ft.model import Adapted
+from lowres_ft.pace import Pace
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
 from lowres_ft.saving import Keeper
 from lowres_ft.train import TrainState
+from lowres_ft.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Ready:
     tokens: dict[str, Tokens]
     plan: Plan
     notes: tuple[str, ...]
+    expected: Expected | None = None
+    """What the run was expected to take, if that was asked."""
+    trial: Trial | None = None
+    """What was measured before the first step."""
+
+    @property
+    def pace(self) -> Pace | None:
+        """Seconds of what the run does, as well as they are known."""
+        told = None if self.expected is None else self.expected.pace
+        return told if self.trial is None else self.trial.pace
 
 
 def fit(
@@ -42,6 +56,7 @@ def fit(
     state = train.start(ready.recipe, adapted, tokens["train"], plan)
     record = keeper.begin(state, plan, log)
     spec = state.spec
+    clock = Clock(Course.of(ready.recipe, plan, tokens), ready.pace)
     every = spec.evaluate_every or batches.steps_per_epoch(len(tokens["train"]), spec.batch_size)
     with keeper.watching(state, record, plan):
         steps = keeper.taken(train.train(state, tokens["train"], plan, machine), record, log)
@@ -53,7 +68,7 @@ def fit(
             if (step := next(steps, None)) is None:
                 break
             _tell(adapted, listen)
-            listen(Trained(step, state.total))
+            listen(Trained(step, state.total, clock.left(step)))
     state.restore_best()
     measured = Measured.of(record.steps, record.evaluations, state.best_step, plan.device)
     return replace(measured, peak_bytes=max(record.peak_bytes, measured.peak_bytes))

@@ -1,7 +1,6 @@
 """The pipeline: from a recipe to a bundle and its report."""
 
 import itertools
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from lowres_ft import (
-    assets,
     bases,
     batches,
-    behaviour,
     budget,
     bundle,
     card,
@@ -27,34 +24,28 @@ from lowres_ft import (
     exhibits,
     files,
     model,
-    optimizers,
     page,
+    preparing,
     probes,
-    profiles,
-    quantize,
     report,
     resuming,
     shortage,
-    train,
 )
 from lowres_ft import contrast as contrasts
-from lowres_ft import plan as plans
-from lowres_ft.bases import Base
 from lowres_ft.bundle import Bundle
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.errors import BundleError, OutOfMemoryError
 from lowres_ft.evaluate import Baseline, Scores
-from lowres_ft.events import Fetching, Listener, Note, Stage, unheard
+from lowres_ft.events import Listener, Note, Stage, unheard
 from lowres_ft.fitting import Ready, fit
-from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
-from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.report import Measured
 from lowres_ft.runs import Place, Wish, run_folder
 from lowres_ft.saving import Keeper
-from lowres_ft.tasks.base import Ragged, Task
+from lowres_ft.sizes import show_bytes, show_seconds
+from lowres_ft.tasks.base import Ragged
 
 
 def run(
@@ -91,9 +82,9 @@ def run(
 
 def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> None:
     listen(Stage(f"reading {recipe.data.train}"))
-    rows = data.load(recipe, place.work, _progress(listen))
+    rows = data.load(recipe, place.work, preparing.progress(listen))
     if not machine.rank:
-        base = bases.resolve(recipe.model, _progress(listen))
+        base = bases.resolve(recipe.model, preparing.progress(listen))
         told = resuming.note(place.folder, recipe, rows, base, machine, goes_on=place.found is not None)
         rows = replace(rows, notes=(*rows.notes, *told))
     for text in rows.notes:
@@ -122,51 +113,6 @@ def _remedied(recipe: Recipe, machine: Machine) -> Iterator[None]:
     raise OutOfMemoryError(message, hint=hint or budget.advice(recipe, machine))
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a run would do, as far as can be told without loading weights."""
-
-    rows: dict[str, int]
-    """Rows of each split."""
-    labels: tuple[str, ...]
-    adapted: int
-    """Linear layers that are adapted."""
-    trainable_parameters: int
-    steps: int
-    profile: Profile
-    plan: Plan
-
-
-def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = unheard) -> Rehearsal:
-    """Read the data and look at the base, but load and train nothing.
-
-    Raises:
-        LowresError: What `run` would raise before its first step.
-    """
-    machine = device.find(device_name)
-    with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
-        rows = data.load(recipe, Path(folder), _progress(listen))
-        sizes = {name: len(split) for name, split in rows.splits().items()}
-        base = bases.resolve(recipe.model, _progress(listen))
-        profile = profiles.profile(base, rows.task)
-    chosen = profiles.targets(recipe.method, profile.linears)
-    profiles.require_length(profile, recipe.task)
-    recipe.task.prepare(model.load_tokenizer(base.folder))
-    quantize.require_widths(profile, recipe.model.quantize)
-    optimizers.require(recipe.train, machine.device)
-    resolved = recipe.model_copy(update={"task": rows.task})
-    plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine)
-    return Rehearsal(
-        rows=sizes,
-        labels=rows.task.names,
-        adapted=len(chosen),
-        trainable_parameters=profiles.trainable(recipe.method, profile),
-        profile=profile,
-        steps=train.total_steps(recipe.train, sizes["train"]),
-        plan=plan,
-    )
-
-
 def _checked(ready: Ready, machine: Machine, listen: Listener) -> Ready:
     """Tell what deserves a look in the data, once."""
     told = () if machine.rank else tuple(checking.brief(ready.rows, ready.adapted.tokenizer))
@@ -188,13 +134,14 @@ def _experiment(
     resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener, digest: str
 ) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
-    ready = _checked(prepare(resolved, rows, machine, place, listen), machine, listen)
+    ready = _checked(preparing.prepare(resolved, rows, machine, place, listen), machine, listen)
+    ready = preparing.tried(ready, machine, place, listen)
     contrast = before = None
     if resolved.task.base_is_baseline and not machine.rank:
         listen(Stage("asking the untouched base"))
         contrast = contrasts.prepare(ready.adapted, ready.tokens)
         before = contrast.look(ready.adapted, ready.plan, outputs=True)
-    listen(Stage(f"training on {len(ready.tokens['train']):,} rows"))
+    listen(Stage(f"training on {len(ready.tokens['train']):,} rows{_told(ready)}"))
     keeper = Keeper(place.checkpoints, resolved.train.checkpoint_every, place.found, writes=not machine.rank)
     with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
         measured = fit(ready, machine, log, listen, keeper)
@@ -227,7 +174,8 @@ def _reported(
     told = [text for text in told if text]
     for text in told:
         listen(Note(text))
-    found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, [*ready.notes, *told])
+    notes = [*ready.notes, *told]
+    found = report.make(ready.recipe, ready.plan, ready.adapted, measured, scores, baselines, notes, _expected(ready))
     return found | {
         "calibration": exhibits.calibration(task, tokens, predicted),
         "errors": exhibits.errors(task, tokens, predicted),
@@ -236,37 +184,19 @@ def _reported(
     }
 
 
-def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener = unheard) -> Ready:
-    """Load the base and tokenize the rows; what cannot work is told before any weight is read."""
-    base = bases.resolve(resolved.model, _progress(listen))
-    profile = profiled(resolved, resolved.task, base, machine)
-    like = None if place.found is None else place.found.plan
-    plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine, like=like), machine)
-    plan, replanned = resuming.settled(plan, place.found, resolved)
-    for text in replanned:
-        listen(Note(text))
-    if plan.pinned_cut:
-        listen(Note("dropout inside the base ties the result to this machine's cut of a step (model.dropout)"))
-    listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
-    adapted = shortage.twice(partial(model.load, resolved, base, profile, plan), plan.device)
-    plan, revised = behaviour.revise(adapted, plan)
-    files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
-    listen(Stage("tokenizing"))
-    tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
-    told = [*revised, *(batches.told(name, split) for name, split in tokens.items() if split.left_out)]
-    for text in told:
-        listen(Note(text))
-    return Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told))
+def _told(ready: Ready) -> str:
+    """What training is expected to take, in words."""
+    known = ready.trial or ready.expected
+    told = {} if known is None else known.to_json()
+    if told.get("seconds") is None or told.get("memory_bytes") is None:
+        return ""
+    return f": about {show_seconds(told['seconds'])}, and {show_bytes(told['memory_bytes'])} at the peak"
 
 
-def profiled(recipe: Recipe, task: Task, base: Base, machine: Machine) -> Profile:
-    """The layers of a base, after what cannot work with them is told."""
-    profile = profiles.profile(base, task)
-    profiles.targets(recipe.method, profile.linears)
-    profiles.require_length(profile, task)
-    quantize.require_widths(profile, recipe.model.quantize)
-    optimizers.require(recipe.train, machine.device)
-    return profile
+def _expected(ready: Ready) -> dict[str, Any]:
+    """What the plan was expected to take, and what was made of that by measuring."""
+    found = {} if ready.expected is None else ready.expected.to_json()
+    return found | {"probe": None if ready.trial is None else ready.trial.to_json()}
 
 
 def tuned(ready: Ready, predicted: dict[str, Ragged]) -> Ready:
@@ -334,7 +264,3 @@ def _scores(
     seed, test = ready.recipe.train.seed, tokens["test"]
     found = {} if base is None else {"base": evaluate.baseline(task, test.truth, predicted["test"], base)}
     return scores, found | evaluate.baselines(task, train_rows, test, predicted["test"], seed)
-
-
-def _progress(listen: Listener) -> assets.Progress:
-    return lambda what, done, total: listen(Fetching(what, done, total))

@@ -134,6 +134,10 @@ class BudgetSpec(Spec):
     """Let frozen `layers` lie in a file, or beside a GPU, and pass through room for two of them. `auto` leaves it to
     the plan, which does so where nothing else fits into `memory`."""
 
+    probe: bool = True
+    """Take the longest micro-batches and a batch of evaluation once before the first step: what does not fit shows
+    then, and memory and time are told by what was measured."""
+
     @field_validator("memory")
     @classmethod
     def _a_size(cls, memory: str | None) -> str | None:

@@ -81,12 +81,16 @@ def make(
     scores: Mapping[str, Scores],
     baselines: Mapping[str, Baseline],
     notes: Sequence[str],
+    expected: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of report.json, but for `adapter_bytes`, which is known once the adapter is written."""
+    """The content of report.json, but for `adapter_bytes`, which is known once the adapter is written.
+
+    `expected` says what the plan was expected to take.
+    """
     trained = sum(parameter.numel() for parameter in adapted.trained().values())
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "plan": plan.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json") | dict(expected),
         "measured": measured.to_json(),
         "curves": measured.curves(),
         "trainable_parameters": trained,

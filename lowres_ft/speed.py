@@ -53,6 +53,12 @@ def seconds(done: Pass, dtype: Dtype, rates: Rates, kind: str) -> float:
     return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
 
 
+def starts(done: Pass, kind: str) -> float:
+    """How long starting a micro-batch's operations takes, of which `seconds` holds it."""
+    shares = tables.read("speed")
+    return Share.model_validate(shares.get(kind, shares["cuda"])).start * sum(done.costs.values())
+
+
 def passing(count: int, rates: Rates) -> float:
     """How long layers of `count` bytes take to come for a micro-batch, forward and backward."""
     return 2 * count / rates.link

@@ -171,6 +171,31 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
         )
 
 
+def rehearse(state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine) -> float:
+    """Take the gradient of a step, and drop it; where memory runs out, from its beginning in smaller micro-batches.
+
+    Returns:
+        The seconds that it took, the last time.
+
+    Raises:
+        OutOfMemoryError: Each sequence passed on its own already, or the plan's cut has to stay.
+        TrainingError: The loss is not finite.
+    """
+    scale = state.loss_scale, state.steps_at_scale
+    while True:
+        began = time.perf_counter()
+        try:
+            _gradients(state, tokens, positions, plan, machine, rate=0.0)
+            return time.perf_counter() - began
+        except Exception as error:
+            if not shortage.ran_out(error):
+                raise
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+            state.loss_scale, state.steps_at_scale = scale
+        _relieve(state, tokens, positions[machine.rank :: machine.processes], plan)
+
+
 def _step(
     state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine, rate: float
 ) -> tuple[float, float]:

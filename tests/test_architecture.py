@@ -17,10 +17,10 @@ LAYERS = (
     "recipe overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
-    " simulate memory speed budget mapped streaming folders shortage",
+    " simulate memory speed pace budget mapped streaming folders shortage",
     "train optimizers evaluate significance bundle border probes card merging prediction generation contrast comparison"
-    " checks checking powerlaw checkpoint saving",
-    "report exhibits page fitting pipeline resuming runs curve plotting forecast doctor",
+    " checks checking powerlaw checkpoint saving course expectation trial",
+    "report exhibits page fitting pipeline preparing resuming runs curve plotting forecast doctor",
     "cli __main__",
 )
 LIGHT = 2

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowres_ft import contrast, data, evaluate, profiles
 from lowres_ft.batches import Tokens, collate
 from lowres_ft.errors import DataError, ModelError, RecipeError
-from lowres_ft.pipeline import rehearse, run
+from lowres_ft.pipeline import run
+from lowres_ft.preparing import rehearse
 from lowres_ft.splits import Keys, split
 from lowres_ft.tasks.base import IGNORED, Batch, Ragged
 from lowres_ft.tasks.chat import Chat, Conversation

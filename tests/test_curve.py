@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowres_ft import batches, curve, data, device, evaluate, fitting, pipeline
+from lowres_ft import batches, curve, data, device, evaluate, fitting, preparing
 from lowres_ft.curve import Score
 from lowres_ft.errors import DataError, LowresError
 from lowres_ft.pipeline import run
@@ -36,7 +36,7 @@ def fresh(wanted: Recipe, work: Path, seed: int, size: int) -> float:
     resolved = wanted.model_copy(update={"task": loaded.task.weigh(chosen.examples(loaded.task)), "train": spec})
     part = replace(loaded, task=resolved.task, train=chosen)
     with run_folder("fresh", work / "out", machine) as place:
-        ready = pipeline.prepare(resolved, part, machine, place)
+        ready = preparing.prepare(resolved, part, machine, place)
         with open(place.metrics, "w", encoding="utf-8") as log:
             fitting.fit(ready, machine, log)
         test = ready.tokens["test"]

@@ -13,7 +13,8 @@ from filelock import FileLock
 from lowres_ft.bundle import Bundle
 from lowres_ft.errors import DataError, ModelError, OutputError, TrainingError
 from lowres_ft.events import Evaluated, Event, Note, Trained
-from lowres_ft.pipeline import rehearse, run
+from lowres_ft.pipeline import run
+from lowres_ft.preparing import rehearse
 from tests import tiny
 from tests.conftest import recipe
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lowres_ft import evaluate
 from lowres_ft.errors import ModelError
-from lowres_ft.pipeline import rehearse, run
+from lowres_ft.pipeline import run
+from lowres_ft.preparing import rehearse
 from lowres_ft.recipe import Recipe
 from lowres_ft.storage import Plain
 from tests import tiny, tiny_chat

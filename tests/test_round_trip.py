@@ -18,7 +18,8 @@ from lowres_ft.batches import in_memory
 from lowres_ft.errors import ModelError
 from lowres_ft.evaluate import logits
 from lowres_ft.methods.lora import Lora
-from lowres_ft.pipeline import rehearse, run
+from lowres_ft.pipeline import run
+from lowres_ft.preparing import rehearse
 from lowres_ft.profiles import Linear
 from lowres_ft.recipe import Recipe
 from lowres_ft.tasks.classification import Classification

@@ -16,7 +16,8 @@ from lowres_ft import budget, device, evaluate, folders, mapped, memory, model, 
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.errors import ModelError
-from lowres_ft.pipeline import rehearse, run
+from lowres_ft.pipeline import run
+from lowres_ft.preparing import rehearse
 from lowres_ft.recipe import Recipe
 from lowres_ft.streaming import Copies, Pages, Slots
 from lowres_ft.train import train

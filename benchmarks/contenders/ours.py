@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.job import Clock, Job, Made
-from lowres_ft import batches, data, device, evaluate, pipeline, train
+from lowres_ft import batches, data, device, evaluate, preparing, train
 from lowres_ft.bundle import open_bundle
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
@@ -29,7 +29,7 @@ def run(job: Job, clock: Clock) -> Made:
             return _predict(job, clock, recipe, place.work)
         rows = data.load(recipe, place.work)
         resolved = recipe.model_copy(update={"task": rows.task})
-        ready = pipeline.prepare(resolved, rows, machine, place)
+        ready = preparing.prepare(resolved, rows, machine, place)
         state = train.start(ready.recipe, ready.adapted, ready.tokens["train"], ready.plan)
         for step in train.train(state, ready.tokens["train"], ready.plan, machine):
             clock.step(step.tokens)

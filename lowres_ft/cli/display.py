@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from lowres_ft import spec
 from lowres_ft.events import Evaluated, Event, Fetching, Listener, Note, Stage, Trained, unheard
 from lowres_ft.harmless import harmless
+from lowres_ft.sizes import show_seconds
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 _SMOOTH = 0.9  # of the loss that is shown
@@ -36,7 +37,6 @@ class Display:
         self.task: TaskID | None = None
         self.shown = 0.0
         self.loss: float | None = None
-        self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
 
@@ -58,14 +58,12 @@ class Display:
                 self.console.print(escape(f"note: {harmless(text)}"))
             case Fetching(what, done, total):
                 self._advance(f"fetching {what}", done, total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
-            case Trained(step, total):
+            case Trained(step, total, left):
                 self.loss = step.loss if self.loss is None else _SMOOTH * self.loss + (1 - _SMOOTH) * step.loss
-                self.steps += 1
                 self.tokens += step.tokens
                 self.seconds += step.seconds
-                left = (total - step.number) * self.seconds / self.steps
                 figures = f"loss {self.loss:.3f}  {self.tokens / self.seconds:,.0f} tokens/s"
-                self._advance("training", step.number, total, figures, f"  {left:.0f} s left")
+                self._advance("training", step.number, total, figures, f"  {show_seconds(left)} left")
             case Evaluated(number, name, value):
                 self.console.print(f"step {number}: validation {name} {spec.figures(value)[0]}")
 

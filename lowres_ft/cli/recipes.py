@@ -40,7 +40,7 @@ def recipe(
         raise LowresError("--resume goes on and --restart begins anew: not both", hint="Leave one of them out.")
     loaded = load_recipe(name, overrides or [])
     # The heavy libraries come after the recipe is known to be right.
-    from lowres_ft import pipeline
+    from lowres_ft import pipeline, preparing
     from lowres_ft.cli import summary
     from lowres_ft.cli.display import listening
     from lowres_ft.device import is_first
@@ -50,7 +50,7 @@ def recipe(
         going_on = _asked(loaded, out)
     with listening(quiet) as listen:
         if dry_run:
-            rehearsal = pipeline.rehearse(loaded, device_name=device, listen=listen)
+            rehearsal = preparing.rehearse(loaded, device_name=device, listen=listen)
         else:
             bundle = pipeline.run(loaded, out, resume=going_on, device_name=device, listen=listen)
     if not is_first():

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowres_ft.recipe import Recipe
+from lowres_ft.sizes import show_bytes, show_seconds
 from lowres_ft.verdict import baseline_name, compared, interval, metrics
 
 if TYPE_CHECKING:
-    from lowres_ft.pipeline import Rehearsal
+    from lowres_ft.preparing import Rehearsal
 
 _SAMPLES = 3  # sample answers that are printed
 _WIDTH = 100  # characters of one
@@ -62,9 +63,16 @@ def rehearsal(recipe: Recipe, found: "Rehearsal") -> str:
             f"base: {profile.layers} layers of {profile.hidden}, {profile.attention_heads} attention heads, "
             f"vocabulary {profile.vocabulary:,}",
             f"plan: {plan}",
+            *_expected(found),
             "nothing was trained",
         ]
     )
+
+
+def _expected(found: "Rehearsal") -> list[str]:
+    if found.memory_bytes is None or found.seconds is None:
+        return ["what this base takes cannot be told before it runs"]
+    return [f"about {show_seconds(found.seconds)} of training, and {show_bytes(found.memory_bytes)} at the peak"]
 
 
 def rehearsal_json(found: "Rehearsal") -> str:

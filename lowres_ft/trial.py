@@ -1,0 +1,158 @@
+"""A short measurement at the start of a run (`budget.probe`): its longest micro-batches and one batch of evaluation.
+
+What would not fit shows here and not at step 120: memory that runs out makes the cut finer as it would in a step. The
+memory and the seconds that were measured correct what was told. Nothing of it stays: gradients are dropped, no weight
+is changed, and no random state is there to be moved.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from lowres_ft import batches, device, evaluate, pace, simulate, timings, train
+from lowres_ft.batches import Tokens
+from lowres_ft.course import shapes
+from lowres_ft.device import Machine
+from lowres_ft.errors import TrainingError
+from lowres_ft.expectation import Expected
+from lowres_ft.model import Adapted
+from lowres_ft.pace import Pace
+from lowres_ft.plan import Plan
+from lowres_ft.recipe import Recipe
+from lowres_ft.train import TrainState
+
+_SHARE = 0.02  # of a run's time that may go into timing it
+_FINEST = 256  # tokens of a micro-batch
+_FASTER = 0.9  # what a finer cut must take of the plan's, so that noise does not decide on the last bits of a result
+_STEPS = 32  # of which the one in the middle is timed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured before the first step, and what it says of the run."""
+
+    memory_bytes: int
+    """Peak of the run."""
+    seconds: float
+    """Of all training steps."""
+    pace: Pace
+
+    def to_json(self) -> dict[str, Any]:
+        """What report.json says of it under `plan.probe`."""
+        return {"memory_bytes": self.memory_bytes, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is tried."""
+
+    recipe: Recipe
+    adapted: Adapted
+    tokens: Mapping[str, Tokens]
+    machine: Machine
+    state: TrainState
+    """One of its own, which is thrown away."""
+
+    def step(self, positions: np.ndarray, plan: Plan) -> float:
+        """Seconds of a step's gradients over some sequences. One that is not finite is for the step to tell."""
+        began = time.perf_counter()
+        with suppress(TrainingError):
+            return train.rehearse(self.state, self.tokens["train"], positions, plan, self.machine)
+        return time.perf_counter() - began
+
+    def shapes(self, positions: np.ndarray, plan: Plan) -> tuple[pace.Shape, ...]:
+        """The micro-batches of a step in this process, as they are cut now."""
+        most = self.state.cut or plan.micro_batch_tokens
+        return shapes(self.tokens["train"], positions[:: plan.processes], most)
+
+    def longest(self, plan: Plan) -> np.ndarray:
+        """The longest sequences, as many as two micro-batches of a step hold."""
+        lengths = self.tokens["train"].lengths
+        most = min(self.recipe.train.batch_size, 2 * plan.processes * max(1, plan.micro_batch_tokens // lengths.max()))
+        return np.argsort(-lengths, kind="stable")[:most]
+
+    def typical(self) -> np.ndarray:
+        """The sequences of a step that has about as many tokens as most."""
+        tokens, spec = self.tokens["train"], self.recipe.train
+        steps = [tokens.of_rows(rows) for rows in islice(batches.steps(tokens, spec.batch_size, spec.seed), _STEPS)]
+        return sorted(steps, key=lambda step: int(tokens.lengths[step].sum()))[len(steps) // 2]
+
+
+def choose(
+    recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine, expected: Expected
+) -> Plan:
+    """The plan with the cut that is fastest here, where the run is long enough to find out; timed once and kept.
+
+    Coarser cuts than the plan's are not tried: its memory was counted on.
+    """
+    subject = _subject(recipe, adapted, tokens, plan, machine)
+    step = subject.typical()
+    cuts = [plan.micro_batch_tokens]
+    while not plan.pinned_cut and cuts[-1] // 2 >= max(_FINEST, expected.course.width):
+        cuts.append(cuts[-1] // 2)
+    # A cut that leaves the step whole is the same as the plan's.
+    cuts = [plan.micro_batch_tokens, *(most for most in cuts[1:] if len(shapes(tokens["train"], step, most)) > 1)]
+    known = expected.seconds
+    if len(cuts) == 1 or known is None or 3 * len(cuts) * known / expected.course.steps > _SHARE * known:
+        return plan
+    made = plan.model_dump(mode="json", exclude={"evaluation_tokens"})
+    task, base, method = (part.model_dump(mode="json") for part in (recipe.task, recipe.model, recipe.method))
+    what = f"cut {made} {task} {base} {method} {recipe.train.batch_size} {expected.course.typical}"
+    chosen = timings.once(machine, plan.dtype, what, lambda: _fastest(subject, step, plan, cuts))
+    return plan.model_copy(update={"micro_batch_tokens": chosen})
+
+
+def _fastest(subject: _Subject, step: np.ndarray, plan: Plan, cuts: list[int]) -> int:
+    """Tokens of the micro-batches by which a step takes least; the finest of those that take as long."""
+    taken: dict[int, list[float]] = {most: [] for most in cuts}
+    for _ in range(3):
+        for most, seconds in taken.items():
+            seconds.append(subject.step(step, plan.model_copy(update={"micro_batch_tokens": most})))
+    best = {most: min(seconds[1:]) for most, seconds in taken.items()}  # the first of each makes kernels ready
+    worthy = [most for most in cuts[1:] if best[most] < _FASTER * best[cuts[0]]]
+    return min(worthy, key=lambda most: best[most], default=cuts[0])
+
+
+def run(
+    recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine, expected: Expected
+) -> Trial:
+    """Take what needs most memory once, and time it where the run is long enough to be worth it.
+
+    Raises:
+        OutOfMemoryError: One sequence alone does not fit.
+    """
+    subject = _subject(recipe, adapted, tokens, plan, machine)
+    before = device.peak_bytes(plan.device)
+    longest = subject.longest(plan)
+    first = subject.step(longest, plan)
+    _evaluated(adapted, tokens, plan)
+    after = device.peak_bytes(plan.device)
+    timed = [(subject.shapes(longest, plan), first)]
+    if 4 * first < _SHARE * (expected.seconds or expected.course.steps * first):
+        typical = subject.typical()
+        subject.step(typical, plan)
+        timed = [(subject.shapes(step, plan), subject.step(step, plan)) for step in (longest, typical)]
+    found = (expected.pace or pace.UNKNOWN).corrected(timed)
+    held = simulate.held(adapted, recipe)
+    to_come = held.optimizer + held.best
+    told = 0 if expected.memory is None else expected.memory.total
+    peak = after + to_come if after > before else max(before, min(told, before + to_come))
+    return Trial(peak, expected.course.training(found), found)
+
+
+def _subject(recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine) -> _Subject:
+    return _Subject(recipe, adapted, tokens, machine, train.start(recipe, adapted, tokens["train"], plan))
+
+
+def _evaluated(adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan) -> None:
+    """Compute one batch of the longest rows that are held out."""
+    held = next((tokens[name] for name in ("validation", "test") if name in tokens), None)
+    if held is not None:
+        rows = np.argsort(-held.row_lengths, kind="stable")
+        rows = rows[: max(1, plan.evaluation_tokens // int(held.lengths.max()))]
+        evaluate.outputs(adapted, batches.chosen(held, np.sort(rows)), plan)

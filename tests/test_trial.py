@@ -1,0 +1,229 @@
+"""The measurement before the first step: what it tells, and that nothing of it stays."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowres_ft import course as courses
+from lowres_ft import expectation, memory, pace, profiles, train, trial
+from lowres_ft.course import Clock, Course
+from lowres_ft.expectation import Expected
+from lowres_ft.pace import UNKNOWN, Pace
+from lowres_ft.pipeline import run
+from lowres_ft.preparing import rehearse
+from lowres_ft.train import Step
+from tests.conftest import Prepared, prepare, recipe
+
+Bases = Callable[..., Path]
+
+FLAT = Pace(start=0.0, token=0.001, pair=0.0, link=0.0, update=0.5, evaluation=0.25)
+
+
+def expected(ready: Prepared, told: Pace | None = FLAT) -> Expected:
+    return Expected(Course.of(ready.recipe, ready.plan, ready.tokens), pace=told)
+
+
+def subject(ready: Prepared) -> tuple:
+    return ready.recipe, ready.adapted, ready.tokens, ready.plan, ready.machine
+
+
+def tensors(ready: Prepared) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in ready.adapted.model.state_dict().items()}
+
+
+def test_nothing_of_a_trial_stays(bases: Bases, reviews: Path, tmp_path: Path):
+    ready = prepare(recipe(bases(), reviews, "method.dropout=0.2"), tmp_path)
+    before, drawn = tensors(ready), torch.random.get_rng_state()
+    trial.run(*subject(ready), expected(ready))
+    after = tensors(ready)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in ready.adapted.trained().values())
+    assert torch.equal(drawn, torch.random.get_rng_state())
+    assert not ready.adapted.room.told
+
+
+@pytest.mark.parametrize("change", ["model.dtype=float32", "model.dropout=0.1", "model.quantize=int8"])
+def test_a_run_ends_with_the_same_bytes_with_and_without(bases: Bases, reviews: Path, tmp_path: Path, change: str):
+    adapters = []
+    for probe in ("true", "false"):
+        wanted = recipe(bases(), reviews, "train.steps=4", change, f"budget.probe={probe}")
+        bundle = run(wanted, tmp_path / probe, device_name="cpu")
+        adapters.append((bundle.folder / "adapter_model.safetensors").read_bytes())
+        report = json.loads((bundle.folder / "report.json").read_bytes())
+        assert report["plan"]["memory_bytes"] > 0
+        assert report["plan"]["seconds"] > 0
+        assert (report["plan"]["probe"] is not None) == (probe == "true")
+    assert adapters[0] == adapters[1]
+
+
+def test_the_longest_texts_are_tried(bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ready = prepare(recipe(bases(), reviews), tmp_path, micro_batch_tokens=40)
+    seen: list[np.ndarray] = []
+    taken = train.rehearse
+
+    def rehearse_(state: train.TrainState, tokens: object, positions: np.ndarray, *rest: object) -> float:
+        seen.append(positions)
+        return taken(state, tokens, positions, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "rehearse", rehearse_)
+    trial.run(*subject(ready), expected(ready))
+    lengths = ready.tokens["train"].lengths
+    assert lengths[seen[0]].min() >= np.sort(lengths)[-len(seen[0])]
+    assert len(list(train.cut(seen[0], lengths, 40))) == 2
+
+
+def test_memory_that_runs_out_in_a_trial_makes_the_cut_finer(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ready = prepare(recipe(bases(), reviews), tmp_path)
+    taken = train._backward
+
+    def narrow(state: train.TrainState, batch: train.Batch, scale: float) -> float:
+        if batch.ids.numel() > 64:
+            raise torch.OutOfMemoryError("no more")
+        return taken(state, batch, scale)
+
+    monkeypatch.setattr(train, "_backward", narrow)
+    found = trial.run(*subject(ready), expected(ready))
+    assert ready.adapted.room.training is not None
+    assert ready.adapted.room.training <= 64
+    assert len(ready.adapted.room.told) == 1
+    assert found.memory_bytes > 0
+
+
+def test_a_short_run_is_not_timed_to_choose_a_cut(bases: Bases, reviews: Path, tmp_path: Path):
+    ready = prepare(recipe(bases(), reviews), tmp_path)
+    assert trial.choose(*subject(ready), expected(ready)) == ready.plan
+
+
+@pytest.mark.parametrize(("finer", "chosen"), [(0.5, 256), (0.95, 512)])
+def test_a_finer_cut_is_taken_where_it_is_clearly_faster(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finer: float, chosen: int
+):
+    monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path / "cache"))
+    ready = prepare(recipe(bases(), reviews, "train.steps=100000"), tmp_path / "work", micro_batch_tokens=512)
+    monkeypatch.setattr(trial, "shapes", lambda tokens, step, most: ((1, 1),) * (512 // most))
+    monkeypatch.setattr(trial._Subject, "step", lambda self, step, plan: finer ** (512 // plan.micro_batch_tokens - 1))
+    assert trial.choose(*subject(ready), expected(ready)).micro_batch_tokens == chosen
+    monkeypatch.setattr(trial._Subject, "step", lambda self, step, plan: 1.0)
+    assert trial.choose(*subject(ready), expected(ready)).micro_batch_tokens == chosen  # it was kept
+
+
+def test_the_course_has_the_micro_batches_of_the_run(bases: Bases, reviews: Path, tmp_path: Path):
+    ready = prepare(recipe(bases(), reviews, "train.batch_size=7", "train.epochs=2"), tmp_path, micro_batch_tokens=40)
+    found = Course.of(ready.recipe, ready.plan, ready.tokens)
+    seen: list[tuple[int, int]] = []
+    state = ready.start()
+    for rows in itertools.islice(courses.batches.steps(ready.tokens["train"], 7, ready.recipe.train.seed), found.steps):
+        positions = ready.tokens["train"].of_rows(rows)
+        for _, batch in train.micro_batches(positions, ready.tokens["train"], ready.plan, ready.adapted):
+            seen.append(tuple(batch.ids.shape))
+    assert found.steps == state.total
+    assert [shape for step in found.sample for shape in step] == seen
+    assert found.training(FLAT) == pytest.approx(sum(FLAT.seconds(shape) for shape in seen) + found.steps * FLAT.update)
+    assert found.width == max(int(tokens.lengths.max()) for tokens in ready.tokens.values())
+
+
+def test_evaluations_that_are_left(bases: Bases, reviews: Path, tmp_path: Path):
+    wanted = recipe(bases(), reviews, "train.steps=7", "train.evaluate_every=3")
+    ready = prepare(wanted, tmp_path)
+    found = Course.of(ready.recipe, ready.plan, ready.tokens)
+    one = sum(FLAT.of_evaluation(shape) for shape in found.evaluation)
+    left = [round(found.evaluating(FLAT, done) / one) for done in range(8)]
+    assert left == [3, 3, 3, 2, 2, 2, 1, 1]
+    doubled = Course.of(
+        ready.recipe, ready.plan, ready.tokens, {"train": 900, "validation": 2 * len(ready.tokens["validation"])}
+    )
+    assert doubled.evaluating(FLAT) == pytest.approx(2 * found.evaluating(FLAT))
+
+
+def test_time_to_finish_goes_from_what_was_told_to_what_was_measured():
+    course = Course(1000, 0, (((10, 10),),), tokens=100.0, evaluation=(), held_out=0.0, width=10)
+    told = Pace(start=0.0, token=0.01, pair=0.0, link=0.0, update=0.0, evaluation=1.0)
+    clock = Clock(course, told)
+
+    def step(number: int, tokens: int = 100) -> Step:
+        return Step(number, 0.0, 0.0, 0.0, 10, tokens, 2.0 * tokens / 100)
+
+    left = [clock.left(step(number)) for number in range(1, 1001)]
+    assert 999 < left[0] < 1.2 * 999
+    assert left[499] == pytest.approx(1000, rel=0.02)
+    assert left[-1] == 0
+    assert Clock(course, None).left(step(1, tokens=50)) == pytest.approx(999 * 2.0)  # a short step is no fast one
+
+
+def test_a_pace_is_corrected_between_what_was_timed():
+    base = Pace(start=1.0, token=0.5, pair=0.25, link=0.0, update=0.0, evaluation=0.5)
+    assert base.seconds((2, 4)) == 1.0 + 8 * (0.5 + 0.25 * 4)
+    found = base.corrected([([(10, 10)], 2 * base.seconds((10, 10))), ([(2, 10)], 4 * base.seconds((2, 10)))])
+    for rows, ratio in ((1, 4.0), (2, 4.0), (6, 3.0), (10, 2.0), (50, 2.0)):
+        assert found.seconds((rows, 10)) == pytest.approx(ratio * base.seconds((rows, 10)))
+    assert found.corrected([([(10, 10)], base.seconds((10, 10)))]).seconds((3, 10)) == base.seconds((3, 10))
+    assert base.model_copy(update={"link": 90.0}).seconds((1, 1)) == 90.0
+    assert UNKNOWN.corrected([([(4, 5)], 2.0)]).seconds((8, 5)) == pytest.approx(4.0)
+
+
+def test_what_is_expected_comes_from_accounts_of_the_longest_and_the_typical(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path / "cache"))
+    ready = prepare(recipe(bases(), reviews), tmp_path / "work")
+    profile = profiles.profile(ready.adapted.base, ready.recipe.task)
+    course = Course.of(ready.recipe, ready.plan, ready.tokens)
+    given = (ready.recipe, ready.adapted.base, profile, ready.plan, ready.machine, course)
+    found = expectation.expect(*given)
+    told, _ = memory.estimate(ready.recipe, ready.adapted.base, profile, ready.plan, [course.width])
+    assert found.memory == told
+    assert found.seconds == course.training(found.pace)
+    monkeypatch.setattr(memory, "estimate", None)
+    assert expectation.expect(*given) == found  # kept, not accounted for again
+    longer = dataclasses.replace(course, width=course.width + 1)
+    assert "cannot be told" in expectation.expect(*given[:-1], longer).untold
+
+
+def test_a_model_that_cannot_be_accounted_for_is_trained_all_the_same(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path / "cache"))
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("data-dependent\nmore")
+
+    monkeypatch.setattr(memory, "estimate", fails)
+    report = json.loads(
+        (run(recipe(bases(), reviews, "train.steps=2"), tmp_path / "out").folder / "report.json").read_bytes()
+    )
+    assert report["plan"]["memory_bytes"] is None
+    assert report["plan"]["seconds"] is None
+    assert report["plan"]["probe"]["seconds"] > 0
+    assert any(note.endswith("before it runs: data-dependent") for note in report["notes"])
+    assert "data-dependent" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_dry_run_tells_memory_and_time(bases: Bases, reviews: Path):
+    short, long = (rehearse(recipe(bases(), reviews, f"train.steps={steps}")) for steps in (10, 1000))
+    assert short.seconds is not None
+    assert long.seconds is not None
+    assert long.seconds == pytest.approx(100 * short.seconds, rel=0.2)
+    assert short.memory_bytes == long.memory_bytes
+
+
+def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
+    from lowres_ft import simulate, speed
+
+    ready = prepare(recipe(bases(), reviews), tmp_path)
+    profile = profiles.profile(ready.adapted.base, ready.recipe.task)
+    long, short = (
+        simulate.account(ready.recipe, ready.adapted.base, profile, ready.plan, 8, width) for width in (64, 16)
+    )
+    rates = speed.Rates(flops={"float32": 1e11, "bfloat16": 1e12}, bandwidth=1e10, link=1e9)
+    found = pace.told(long, short, ready.plan, rates, trained=1000)
+    told = [speed.seconds(one.training, ready.plan.dtype, rates, "cpu") for one in (long, short)]
+    assert found.seconds((8, 16)) == pytest.approx(told[1])
+    assert found.seconds((8, 64)) == pytest.approx(told[0], rel=0.3)
