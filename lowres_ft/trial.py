@@ -18,7 +18,7 @@ from lowres_ft import batches, device, evaluate, pace, simulate, timings, train
 from lowres_ft.batches import Tokens
 from lowres_ft.course import shapes
 from lowres_ft.device import Machine
-from lowres_ft.errors import TrainingError
+from lowres_ft.errors import ModelError, TrainingError
 from lowres_ft.expectation import Expected
 from lowres_ft.model import Adapted
 from lowres_ft.pace import Pace
@@ -155,4 +155,5 @@ def _evaluated(adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan) -> No
     if held is not None:
         rows = np.argsort(-held.row_lengths, kind="stable")
         rows = rows[: max(1, plan.evaluation_tokens // int(held.lengths.max()))]
-        evaluate.outputs(adapted, batches.chosen(held, np.sort(rows)), plan)
+        with suppress(ModelError):  # what is not finite is for the evaluation to tell
+            evaluate.outputs(adapted, batches.chosen(held, np.sort(rows)), plan)

@@ -77,7 +77,8 @@ def _outlook(recipe: "Recipe", found: "Outlook") -> str:
         "",
         f"{'device':<18} {'has':>9} {'needs':>9}  {'fits':<4} {'tokens/s':>9} {'a step':>8}  settings",
     ]
-    return "\n".join([*lines, *(_line(one) for one in (here, *found.others)), *_remedies(found)])
+    last = "how long a run takes follows from its rows, too: lowres-ft recipe NAME --dry-run"
+    return "\n".join([*lines, *(_line(one) for one in (here, *found.others)), *_remedies(found), last])
 
 
 def _line(one: "Forecast") -> str:
