@@ -26,6 +26,7 @@ from lowres_ft import (
     evaluate,
     exhibits,
     files,
+    limits,
     model,
     optimizers,
     page,
@@ -99,7 +100,8 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
     for text in rows.notes:
         listen(Note(text))
     resolved = recipe.model_copy(update={"task": rows.task})
-    with _remedied(resolved, machine):
+    most = budget.room(resolved, machine)
+    with _remedied(resolved, machine), limits.held(most, machine.device, listen) as listen:
         draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
         if draft is not None:
             listen(Stage("loading what was written, and comparing"))
@@ -169,7 +171,8 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
 
 def _checked(ready: Ready, machine: Machine, listen: Listener) -> Ready:
     """Tell what deserves a look in the data, once."""
-    told = () if machine.rank else tuple(checking.brief(ready.rows, ready.adapted.tokenizer))
+    with limits.lifted():
+        told = () if machine.rank else tuple(checking.brief(ready.rows, ready.adapted.tokenizer))
     for text in told:
         listen(Note(text))
     return replace(ready, notes=(*ready.notes, *told))
@@ -208,7 +211,8 @@ def _experiment(
         if name != "train"
     }
     ready = tuned(ready, predicted)
-    found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
+    with limits.lifted():
+        found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
     if contrast and before:
         found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
     found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
@@ -252,7 +256,8 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     plan, revised = behaviour.revise(adapted, plan)
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage("tokenizing"))
-    tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
+    with limits.lifted():
+        tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
     told = [*revised, *(batches.told(name, split) for name, split in tokens.items() if split.left_out)]
     for text in told:
         listen(Note(text))
