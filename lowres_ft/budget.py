@@ -67,8 +67,8 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
             return last
 
     def frugal(changed: Recipe, _: Plan) -> int:
-        *_, least_of_it = plans(changed, plan, profile)
-        return needs(changed, least_of_it)
+        *_others, by = plans(changed, plan, profile)
+        return needs(changed, by)
 
     listed = _listed(remedies(recipe, last, least, frugal))
     told = _together(*together(recipe, last, least, most, frugal), most)

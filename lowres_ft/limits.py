@@ -1,33 +1,41 @@
-"""What `budget.memory` bounds: refused early where libraries alone take more, and held to while a run goes on.
+"""What `budget.memory` bounds: refused early where libraries alone take more, and held to while a run computes.
 
 Linux has no limit of resident memory that a process may set itself; RLIMIT_DATA bounds what is mapped privately and may
 be written (VmData), touched or not, and no mapped file. So a bound of `most` resident bytes becomes a soft limit of
 
     VmData + most - VmRSS
 
-as both stand: what is allocated from then on may take what is left. It is worked out anew at each event of a run, as
-pages of files come and go and as allocated pages are touched. A tensor that would go beyond fails in PyTorch, which a
-run answers with a finer cut (`shortage`). What is limited is the process, so one limit stands at a time.
+as both stand when a step or a batch of an evaluation begins: what is mapped from then on may take what is left. A
+tensor that would go beyond fails in PyTorch, which a run answers with a finer cut (`shortage`). Room in the midst of
+malloc's heap, whose pages were given back, would fill without being seen: where a bound is held, tensors of 1 MiB and
+more are mapped by themselves, and threads share one heap.
 
-Tokenizers and the libraries of the baselines end the process where memory fails them. For them it is `lifted`; what
-they keep counts afterwards.
+The limit stands only while tensors are computed, in a thread of its own. Elsewhere tokenizers, OpenMP and Python's own
+threads would end the process, or wait for ever, where memory fails them; what they take, and the weights, count when
+the next step begins. And oneDNN's generator of code (Xbyak) keeps an error of memory for the thread in which it came
+up, where it makes nothing new any more.
 """
 
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
 from lowres_ft import tables
 from lowres_ft.errors import ModelError, OutOfMemoryError
-from lowres_ft.events import Event, Listener, Note, Stage
+from lowres_ft.events import Listener, Note
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import parse_bytes, show_bytes
 
+T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # of mallopt, in glibc
+_MAPPED = 2**20  # bytes from which memory is mapped by itself
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
 
@@ -58,67 +66,108 @@ def require(recipe: Recipe, device: str = "auto") -> None:
     )
 
 
-class Limit(Protocol):
-    """A bound that a process is held to."""
-
-    def renew(self) -> None:
-        """Work it out anew from what is taken now."""
-
-    def lift(self) -> None:
-        """Let the process take what it could before, until `renew`."""
-
-
-_now: Limit | None = None
-
-
 @contextmanager
-def held(most: int | None, device: str, listen: Listener) -> Iterator[Listener]:
-    """Hold this process, or its share of a GPU, to so many bytes; yield a listener that keeps the bound true.
+def held(most: int | None, device: str, listen: Listener) -> Iterator[None]:
+    """Hold what is computed `apart` in this process, or its share of a GPU, to so many bytes.
 
     Raises:
-        OutOfMemoryError: It takes more already.
+        OutOfMemoryError: The process takes more already.
     """
-    global _now
-    limit = None if most is None else _limit(most, device)
-    if limit is None:
-        if most is not None:
-            listen(Note("budget.memory bounds the plan alone: this system cannot hold a process to it"))
-        yield listen
-        return
+    global _limit
+    if most is None:
+        yield
+    elif device.startswith("cuda"):
+        with _share_of_gpu(most, device):
+            yield
+    elif device == "cpu" and sys.platform == "linux":
+        limit = Limit.now(most)
+        try:
+            _limit = limit
+            yield
+        finally:
+            _limit = None
+    else:
+        listen(Note("budget.memory bounds the plan alone: this system cannot hold a process to it"))
+        yield
 
-    def heard(event: Event) -> None:
-        listen(event)
-        if isinstance(event, Stage):
-            trim()
-        limit.renew()
 
-    _now = limit
-    try:
-        limit.renew()
-        yield heard
-    finally:
-        limit.lift()
-        _now = None
+@dataclass(frozen=True)
+class Limit:
+    """A bound of this process's resident memory."""
+
+    most: int
+
+    @classmethod
+    def now(cls, most: int) -> "Limit":
+        """A bound from here on. How malloc maps memory stays so until the process ends.
+
+        Raises:
+            OutOfMemoryError: The process takes more already.
+        """
+        _start_threads()
+        if hasattr(library := ctypes.CDLL(None), "mallopt"):
+            library.mallopt(_ARENA_MAX, 1)
+            library.mallopt(_MMAP_THRESHOLD, _MAPPED)
+        trim()
+        if (taken := _taken()["VmRSS"]) >= most:
+            raise OutOfMemoryError(
+                f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}",
+                hint="Give budget.memory more.",
+            )
+        return cls(most)
+
+    @property
+    def data(self) -> int:
+        """The soft limit, RLIMIT_DATA, that keeps the process within."""
+        taken = _taken()
+        return taken["VmData"] + max(0, self.most - taken["VmRSS"])
+
+
+_limit: Limit | None = None  # it is of the process, so there is one
+
+
+def apart(call: Callable[[], T]) -> T:
+    """What a call gives; where this process is held to a bound, computed under it."""
+    if _limit is None:
+        return call()
+    import resource
+
+    found: list[T] = []
+    failed: list[BaseException] = []
+    limit, before = _limit, resource.getrlimit(resource.RLIMIT_DATA)
+    outer = [one for one in before if one != resource.RLIM_INFINITY]
+
+    def held_to() -> None:
+        try:
+            _start_threads()
+            resource.setrlimit(resource.RLIMIT_DATA, (min([limit.data, *outer]), before[1]))
+            try:
+                found.append(call())
+            finally:
+                resource.setrlimit(resource.RLIMIT_DATA, before)
+        except BaseException as error:  # noqa: BLE001 (raised in the thread that waits)
+            failed.append(error)
+
+    thread = threading.Thread(target=held_to)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed.pop()
+    return found.pop()
 
 
 @contextmanager
-def lifted() -> Iterator[None]:
-    """Do without the bound, for libraries that cannot be told of too little memory."""
-    if _now is None:
-        yield
-        return
-    _now.lift()
+def _share_of_gpu(most: int, device: str) -> Iterator[None]:
+    """Let PyTorch's allocator hold what the context of the process leaves of `most` bytes. Not yet run on a GPU."""
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    context = int(tables.read("memory")["cuda"]["libraries"])
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most - context) / total), device)
     try:
         yield
     finally:
-        trim()
-        renew()
-
-
-def renew() -> None:
-    """Work out anew what is left to the process, where it is held to a bound."""
-    if _now is not None:
-        _now.renew()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def trim() -> None:
@@ -128,76 +177,11 @@ def trim() -> None:
         library.malloc_trim(0)
 
 
-def _limit(most: int, device: str) -> Limit | None:
-    """What holds a process on a device to a bound; None where nothing can."""
-    if device.startswith("cuda"):
-        return GpuLimit(most, device)
-    return DataLimit(most) if device == "cpu" and sys.platform == "linux" else None
+def _start_threads() -> None:
+    """Let this thread have its helpers of OpenMP."""
+    import torch
 
-
-class DataLimit:
-    """RLIMIT_DATA of a process on Linux. Its own soft limit from before stays the most, and comes back."""
-
-    def __init__(self, most: int) -> None:
-        """Begin PyTorch's threads, whose stacks count.
-
-        Raises:
-            OutOfMemoryError: The process takes more already.
-        """
-        import torch
-
-        torch.ones(_WARM).sum()
-        trim()
-        if (taken := _taken()["VmRSS"]) >= most:
-            raise OutOfMemoryError(
-                f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}",
-                hint="Give budget.memory more.",
-            )
-        import resource
-
-        self.most = most
-        self.before, self.hard = resource.getrlimit(resource.RLIMIT_DATA)
-
-    def renew(self) -> None:
-        """Leave to new data what resident memory leaves."""
-        taken = _taken()
-        self._set(taken["VmData"] + max(0, self.most - taken["VmRSS"]))
-
-    def lift(self) -> None:
-        """Go back to the limit from before."""
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (self.before, self.hard))
-
-    def _set(self, size: int) -> None:
-        import resource
-
-        most = min((one for one in (self.before, self.hard) if one != resource.RLIM_INFINITY), default=size)
-        resource.setrlimit(resource.RLIMIT_DATA, (min(size, most), self.hard))
-
-
-class GpuLimit:
-    """The share of a GPU that PyTorch's allocator may hold. Not yet run on a GPU."""
-
-    def __init__(self, most: int, device: str) -> None:
-        self.most, self.device = most, device
-
-    def renew(self) -> None:
-        """Leave to the allocator what the context of the process leaves."""
-        import torch
-
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        context = int(tables.read("memory")["cuda"]["libraries"])
-        self._set(min(1.0, max(0, self.most - context) / total))
-
-    def lift(self) -> None:
-        """Let it have the whole GPU."""
-        self._set(1.0)
-
-    def _set(self, share: float) -> None:
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(share, self.device)
+    torch.ones(_WARM).sum()
 
 
 def _taken() -> dict[str, int]:

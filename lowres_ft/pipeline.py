@@ -101,7 +101,7 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
         listen(Note(text))
     resolved = recipe.model_copy(update={"task": rows.task})
     most = budget.room(resolved, machine)
-    with _remedied(resolved, machine), limits.held(most, machine.device, listen) as listen:
+    with _remedied(resolved, machine), limits.held(most, machine.device, listen):
         draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
         if draft is not None:
             listen(Stage("loading what was written, and comparing"))
@@ -171,8 +171,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
 
 def _checked(ready: Ready, machine: Machine, listen: Listener) -> Ready:
     """Tell what deserves a look in the data, once."""
-    with limits.lifted():
-        told = () if machine.rank else tuple(checking.brief(ready.rows, ready.adapted.tokenizer))
+    told = () if machine.rank else tuple(checking.brief(ready.rows, ready.adapted.tokenizer))
     for text in told:
         listen(Note(text))
     return replace(ready, notes=(*ready.notes, *told))
@@ -211,8 +210,7 @@ def _experiment(
         if name != "train"
     }
     ready = tuned(ready, predicted)
-    with limits.lifted():
-        found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
+    found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
     if contrast and before:
         found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
     found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
@@ -256,8 +254,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     plan, revised = behaviour.revise(adapted, plan)
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     listen(Stage("tokenizing"))
-    with limits.lifted():
-        tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
+    tokens = {name: batches.tokenize(adapted, split, place.work / name) for name, split in rows.splits().items()}
     told = [*revised, *(batches.told(name, split) for name, split in tokens.items() if split.left_out)]
     for text in told:
         listen(Note(text))

@@ -70,7 +70,6 @@ def release(device: str) -> None:
     limits.trim()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-    limits.renew()
 
 
 def twice(make: Callable[[], T], device: str) -> T:
