@@ -1,30 +1,33 @@
 """What `budget.memory` bounds: refused early where libraries alone take more, and held to while a run computes.
 
-Linux has no limit of resident memory that a process may set itself; RLIMIT_DATA bounds what is mapped privately and may
-be written (VmData), touched or not, and no mapped file. So a bound of `most` resident bytes becomes a soft limit of
+Linux has no limit of resident memory that a process may set itself. So resident memory is looked at before each module
+computes, and before each adapted layer does in the backward pass: 32 MiB below the bound a MemoryError says that it is
+reached, which a run answers with a finer cut of the same step (`shortage`). Behind that stands a limit of the system,
+for what takes more at once. RLIMIT_DATA bounds what is mapped privately and may be written (VmData), touched or not,
+and no mapped file; a bound of `most` resident bytes becomes
 
     VmData + most - VmRSS
 
-as both stand when a step or a batch of an evaluation begins: what is mapped from then on may take what is left. A
-tensor that would go beyond fails in PyTorch, which a run answers with a finer cut (`shortage`). Room in the midst of
-malloc's heap, whose pages were given back, would fill without being seen: where a bound is held, tensors of 1 MiB and
-more are mapped by themselves, and threads share one heap.
+as both stand when a step or a batch of an evaluation begins. Room in the midst of malloc's heap, whose pages were given
+back, would fill without being seen: where a bound is held, tensors of 256 KiB and more are mapped by themselves,
+threads share one heap, and what was freed in it is given back before each step.
 
-The limit stands only while tensors are computed, in a thread of its own. Elsewhere tokenizers, OpenMP and Python's own
-threads would end the process, or wait for ever, where memory fails them; what they take, and the weights, count when
-the next step begins. And oneDNN's generator of code (Xbyak) keeps an error of memory for the thread in which it came
-up, where it makes nothing new any more.
+The limit alone would not do. oneDNN's generated code may crash where it gets no memory, and its generator (Xbyak) keeps
+an error for the thread in which it came up, where it makes nothing new any more; tokenizers and OpenMP end the process,
+and Python's own threads wait for ever. So it stands only while tensors are computed, in a thread of its own. What
+others take, and the weights, count when the next step begins.
 """
 
 import ctypes
 import gc
+import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lowres_ft import tables
 from lowres_ft.errors import ModelError, OutOfMemoryError
@@ -35,7 +38,9 @@ from lowres_ft.sizes import parse_bytes, show_bytes
 T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # of mallopt, in glibc
-_MAPPED = 2**20  # bytes from which memory is mapped by itself
+_MAPPED = 2**18  # bytes from which memory is mapped by itself
+_PAGE = mmap.PAGESIZE
+_SPARE = 32 * 2**20  # bytes below a bound, in which libraries still find what little they need
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
 
@@ -97,6 +102,16 @@ class Limit:
 
     most: int
 
+    def look(self) -> None:
+        """See that there is room for what comes next.
+
+        Raises:
+            MemoryError: The bound is reached.
+        """
+        pages = int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1])
+        if pages * _PAGE > self.most - _SPARE:
+            raise MemoryError
+
     @classmethod
     def now(cls, most: int) -> "Limit":
         """A bound from here on. How malloc maps memory stays so until the process ends.
@@ -119,6 +134,7 @@ class Limit:
     @property
     def data(self) -> int:
         """The soft limit, RLIMIT_DATA, that keeps the process within."""
+        _give_back()
         taken = _taken()
         return taken["VmData"] + max(0, self.most - taken["VmRSS"])
 
@@ -142,7 +158,8 @@ def apart(call: Callable[[], T]) -> T:
             _start_threads()
             resource.setrlimit(resource.RLIMIT_DATA, (min([limit.data, *outer]), before[1]))
             try:
-                found.append(call())
+                with _looking(limit):
+                    found.append(call())
             finally:
                 resource.setrlimit(resource.RLIMIT_DATA, before)
         except BaseException as error:  # noqa: BLE001 (raised in the thread that waits)
@@ -154,6 +171,36 @@ def apart(call: Callable[[], T]) -> T:
     if failed:
         raise failed.pop()
     return found.pop()
+
+
+_looked: Limit | None = None  # what is looked at now
+
+
+@contextmanager
+def _looking(limit: Limit) -> Iterator[None]:
+    """Look before each module computes."""
+    global _looked
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def before(*_: Any) -> None:
+        limit.look()
+
+    _looked, hook = limit, register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _looked = None
+
+
+def look() -> None:
+    """See that there is room for what comes next, where a bound is held.
+
+    Raises:
+        MemoryError: The bound is reached.
+    """
+    if _looked is not None:
+        _looked.look()
 
 
 @contextmanager
@@ -171,8 +218,13 @@ def _share_of_gpu(most: int, device: str) -> Iterator[None]:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, as far as the C library (glibc) can."""
+    """Drop what nothing holds any more, and give its memory back to the system."""
     gc.collect()
+    _give_back()
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system, as far as the C library (glibc) can."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
