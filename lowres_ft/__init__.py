@@ -16,6 +16,10 @@ from lowres_ft.recipe import Recipe, load_recipe
 # OpenMP's threads spin while they wait. Where another program wants a core, spinning briefly is 1.6 times as fast,
 # and no slower where none does (MiniLM, 2 threads). It is read when PyTorch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# oneDNN and PyTorch each keep the products of the last 1,024 shapes, of which a step with texts of other lengths makes
+# new ones. 64 of each take half a gigabyte less on short texts, and no more time; it takes both (benchmarks/NOTES.md).
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle, open_bundle

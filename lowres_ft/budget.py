@@ -9,7 +9,7 @@ say: an error lists what each such change saves.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowres_ft import bases, device, memory, profiles
+from lowres_ft import bases, device, limits, memory, profiles
 from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
@@ -22,6 +22,8 @@ from lowres_ft.sizes import parse_bytes, show_bytes
 Needs = Callable[[Recipe, Plan], int]
 """Bytes that a recipe needs at its peak by a plan."""
 _FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
+_SHORTEST = 16  # tokens: texts cut to fewer say little
+_LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ def room(recipe: Recipe, machine: Machine) -> int | None:
     """Bytes that a recipe may take on a machine; None where it sets no bound."""
     if recipe.budget.memory is None:
         return None
-    return device.free_bytes(machine.device) if recipe.budget.memory == "auto" else parse_bytes(recipe.budget.memory)
+    if recipe.budget.memory != "auto":
+        return parse_bytes(recipe.budget.memory)
+    return max(1, device.free_bytes(machine.device) - limits.reserve(device.total_bytes(machine.device)))
 
 
 def within(
@@ -67,11 +71,41 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
     for last in plans(recipe, plan, profile):
         if (least := needs(recipe, last)) <= most:
             return last
-    listed = _listed(remedies(recipe, last, least, needs))
+
+    def frugal(changed: Recipe, _: Plan) -> int:
+        *_others, by = plans(changed, plan, profile)
+        return needs(changed, by)
+
+    listed = _listed(remedies(recipe, last, least, frugal))
+    told = _together(*together(recipe, last, least, most, frugal), most)
     raise ModelError(
         f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}",
-        hint=listed or "Use a smaller base.",
+        hint="; ".join(text for text in (listed, told) if text) or "Use a smaller base.",
     )
+
+
+def together(recipe: Recipe, plan: Plan, now: int, most: int, needs: Needs) -> tuple[tuple[str, ...], int]:
+    """Changes that bring a recipe from `now` bytes to `most`, each the one that then saves most; and what it needs so.
+
+    Where no changes do, all that are worth it.
+    """
+    changes: dict[str, str] = {}
+    while now > most:
+        found = [one for one in _needed(recipe, plan, needs) if one[2].task.max_length >= _SHORTEST]
+        if not found or now - (best := min(found, key=lambda one: one[0]))[0] < _LEAST_SAVED:
+            break
+        now, change, recipe = best
+        changes[change.partition("=")[0]] = change
+    return tuple(changes.values()), now
+
+
+def _together(changes: Sequence[str], needed: int, most: int) -> str:
+    """What `together` found, in words."""
+    if not changes:
+        return ""
+    which = "all of it together" if needed > most else "together" if len(changes) > 1 else "alone"
+    told = f"{' '.join(changes)} {which} makes it {show_bytes(needed)}"
+    return f"{told}, which is still too much: use a smaller base" if needed > most else f"{told}, which fits"
 
 
 def _listed(found: Sequence[Remedy]) -> str:
@@ -115,15 +149,18 @@ def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
 
 def remedies(recipe: Recipe, plan: Plan, now: int, needs: Needs) -> list[Remedy]:
     """Changes of a recipe that needs so many bytes `now`, by what each saves on its own, most first."""
-    found = []
+    found = [Remedy(change, now - needed) for needed, change, _ in _needed(recipe, plan, needs) if needed < now]
+    return sorted(found, key=lambda remedy: -remedy.saves)
+
+
+def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str, Recipe]]:
+    """Yield what a recipe needs after each change by itself, the change, and the recipe so."""
     for change, changed in _changed(recipe, plan):
         try:
-            saves = now - needs(changed, plan)
+            needed = needs(changed, plan)
         except LowresError:  # it cannot be on this base
             continue
-        if saves > 0:
-            found.append(Remedy(change, saves))
-    return sorted(found, key=lambda remedy: -remedy.saves)
+        yield needed, change, changed
 
 
 def _changed(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, Recipe]]:

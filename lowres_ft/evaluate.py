@@ -4,13 +4,14 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lowres_ft import shortage
+from lowres_ft import limits, shortage
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
 from lowres_ft.errors import ModelError, OutOfMemoryError
@@ -89,7 +90,7 @@ def _batches(
         while waiting:
             part = waiting.popleft()
             try:
-                values = _values(adapted, tokens, part, compute)
+                values = limits.apart(partial(_values, adapted, tokens, part, compute))
             except Exception as error:
                 if not shortage.ran_out(error):
                     raise

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowres_ft import limits
 from lowres_ft.dropout import DropoutKeys, DropoutMask, mix
 from lowres_ft.factorize import principal
 from lowres_ft.methods.base import Adapter, LowRank, Scale
@@ -256,6 +257,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        limits.look()
         return ctx.storage.product_backward(grads[0]), None, None
 
 
@@ -283,6 +285,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        limits.look()
         x, a, b, h = ctx.saved_tensors
         dy, mask = grads[0], ctx.mask
         dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)

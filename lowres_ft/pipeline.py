@@ -23,6 +23,7 @@ from lowres_ft import (
     evaluate,
     exhibits,
     files,
+    limits,
     model,
     page,
     preparing,
@@ -90,7 +91,8 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
     for text in rows.notes:
         listen(Note(text))
     resolved = recipe.model_copy(update={"task": rows.task})
-    with _remedied(resolved, machine):
+    most = budget.room(resolved, machine)
+    with _remedied(resolved, machine), limits.held(most, machine.device, listen):
         draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
         if draft is not None:
             listen(Stage("loading what was written, and comparing"))

@@ -123,8 +123,9 @@ class BudgetSpec(Spec):
     """What the machine may spend; nothing here changes the result beyond rounding."""
 
     memory: str | None = None
-    """Most that a run may hold, such as `4GiB`; `auto` for what is free. The plan is made more frugal until it fits, or
-    an error tells what would save how much. Null for no bound."""
+    """Most that a run may hold, such as `4GiB`; `auto` for what is free, less 5 % of all memory and 512 MiB at least.
+    The plan is made more frugal until it fits, or an error tells what would save how much; on Linux and on CUDA the run
+    is held to it. Null for no bound."""
 
     recompute: Literal["auto", "none", "layers", "selective"] = "auto"
     """Compute activations again in the backward pass: of whole layers, for least memory; or but for the products of

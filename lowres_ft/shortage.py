@@ -4,7 +4,7 @@ A step that does not fit is done again in smaller micro-batches, a batch of an e
 result beyond rounding, so a run goes on; what did not fit once is not tried again.
 """
 
-import gc
+import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +13,14 @@ from typing import TypeVar
 
 import torch
 
+from lowres_ft import limits
 from lowres_ft.errors import OutOfMemoryError
 from lowres_ft.plan import Plan
 
 T = TypeVar("T")
 _SAID = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|MPS backend out of memory"
+    r"|MPS backend out of memory|std::bad_alloc|can't start new thread|could not create a (primitive|memory|engine)"
 )
 
 
@@ -58,13 +59,15 @@ def ran_out(error: BaseException | None) -> bool:
         return False
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
     said = isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
     return said or ran_out(error.__cause__)
 
 
 def release(device: str) -> None:
     """Give back what nothing holds any more. To be called after the handler, whose error holds frames and tensors."""
-    gc.collect()
+    limits.trim()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres_ft import optimizers, shortage, stopping
+from lowres_ft import limits, optimizers, shortage, stopping
 from lowres_ft.batches import Tokens, cut, steps, steps_per_epoch
 from lowres_ft.device import Machine, sum_over_processes
 from lowres_ft.errors import OutOfMemoryError, TrainingError
@@ -207,12 +208,19 @@ def _step(
     mine = positions[machine.rank :: machine.processes]
     while True:
         try:
-            loss = _gradients(state, tokens, positions, plan, machine, rate)
-            return loss, _update(state, rate, tokens, positions)
+            return limits.apart(partial(_taken, state, tokens, positions, plan, machine, rate))
         except Exception as error:
             if not shortage.ran_out(error):
                 raise
         _relieve(state, tokens, mine, plan)
+
+
+def _taken(
+    state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine, rate: float
+) -> tuple[float, float]:
+    """The loss and the gradient's norm of a step that is taken once."""
+    loss = _gradients(state, tokens, positions, plan, machine, rate)
+    return loss, _update(state, rate, tokens, positions)
 
 
 def _relieve(state: TrainState, tokens: Tokens, mine: np.ndarray, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from lowres_ft import bases as base_module
-from lowres_ft import budget, device, memory, profiles
+from lowres_ft import budget, device, limits, memory, profiles
 from lowres_ft import plan as plans
 from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.methods.lora import Lora
@@ -80,6 +80,31 @@ def test_where_nothing_fits_every_change_is_told_with_what_it_saves(made):
     ]
 
 
+def large(recipe, plan):
+    """An imagined run a thousand times as large."""
+    return 1000 * needs(recipe, plan)
+
+
+@pytest.mark.parametrize(
+    ("most", "told", "works"),
+    [
+        (30_000_000, "model.quantize=nf4 alone makes it 25 MiB, which fits", True),
+        (24_000_000, "model.quantize=nf4 task.max_length=16 together makes it 22 MiB, which fits", True),
+        (1_000_000, "all of it together makes it 22 MiB, which is still too much: use a smaller base", False),
+    ],
+)
+def test_the_error_names_what_is_enough_and_it_is(most, told, works, made):
+    recipe, _, profile, plan = made()
+    with pytest.raises(ModelError) as caught:
+        budget.settle(recipe, plan, profile, most, large)
+    *_, last = caught.value.hint.split("; ")
+    assert last.endswith(told) if not works else last == told
+    if works:
+        changes = [word for word in last.split() if "=" in word]
+        again, *_ = made(*changes)
+        assert large(again, budget.settle(again, plan, profile, most, large)) <= most
+
+
 def test_full_fine_tuning_is_told_of_lora(made):
     recipe, _, _, plan = made("method={kind: full}")
 
@@ -106,10 +131,11 @@ def test_a_real_account_fits_what_it_says(made):
 
 def test_a_run_that_cannot_fit_ends_before_weights_are_read(lowres, bases, reviews, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(conftest.recipe(bases("bert"), reviews, "budget.memory=1MiB").to_yaml(), encoding="utf-8")
+    wanted = conftest.recipe(bases("bert"), reviews, f"budget.memory={limits.floor('cpu')}B")
+    path.write_text(wanted.to_yaml(), encoding="utf-8")
     code, _, told = lowres("recipe", path, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 2
-    assert "and may take 1.0 MiB" in told
+    assert "this run needs" in told
     assert "loading" not in told
 
 
@@ -124,3 +150,11 @@ def test_the_room_is_what_was_asked_for_or_what_is_free(made):
     assert budget.room(made()[0], machine) is None
     assert budget.room(made("budget.memory=2GiB")[0], machine) == 2 * 1024**3
     assert 0 < budget.room(made("budget.memory=auto")[0], machine) <= device.total_bytes("cpu")
+
+
+def test_auto_leaves_a_reserve(made, monkeypatch):
+    monkeypatch.setattr(device, "free_bytes", lambda _: 10 * 2**30)
+    monkeypatch.setattr(device, "total_bytes", lambda _: 40 * 2**30)
+    assert budget.room(made("budget.memory=auto")[0], device.find("cpu")) == 8 * 2**30
+    monkeypatch.setattr(device, "total_bytes", lambda _: 2**30)
+    assert budget.room(made("budget.memory=auto")[0], device.find("cpu")) == 10 * 2**30 - 512 * 2**20

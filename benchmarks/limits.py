@@ -1,0 +1,142 @@
+"""A run in 60 % of the memory that it takes by itself: `python -m benchmarks.limits [--share 0.6] [--out FILE]`.
+
+Each recipe runs twice, each time in a process of its own: as it is, and with `budget.memory` at that share of the first
+run's peak. The second is held to it from outside too: this process looks at the child's peak of resident memory
+(VmHWM) every 10 ms, and kills it above. Both are compared loss by loss. A recipe of which the libraries alone need
+more than the share is refused, which is told as it is. This process imports nothing heavy.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowres_ft import files, limits
+from lowres_ft.sizes import show_bytes
+
+_EVERY = 0.01  # seconds between looks at a child
+RECIPES: dict[str, tuple[str, ...]] = {
+    "reviews": ("sentiment-lora", "train.steps=100"),
+    "long reviews": (
+        *("sentiment-lora", "data.train=starter:imdb", "data.limit=2000", "task.max_length=512", "train.steps=40"),
+        *("data.validation=0.01", "data.test=0.01"),
+    ),
+    "chat": ("chat-lora-int8", "train.steps=40", "task.control=null", "task.samples=0"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    code: int
+    killed: bool
+    """From outside, above the limit."""
+    peak: int
+    """Bytes resident at most, as the system saw it."""
+    seconds: float
+    error: str
+    report: dict[str, Any] | None
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each step."""
+        return [] if self.report is None else [loss for _, loss in self.report["curves"]["loss"]]
+
+
+def watched(arguments: Sequence[str], most: int | None = None) -> Outcome:
+    """Run a recipe in a process of its own, which is killed when it holds more than `most` bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bundle"
+        command = [sys.executable, "-m", "lowres_ft", "recipe", *arguments, "--device", "cpu", "--out", str(out)]
+        began, killed = time.monotonic(), False
+        with (Path(folder) / "stderr").open("w+") as told:
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+            while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
+                if most is not None and not killed and _peak(child.pid) > most:
+                    killed = True
+                    child.kill()
+                time.sleep(_EVERY)
+            child.returncode = os.waitstatus_to_exitcode(ended[1])
+            told.seek(0)
+            lines = told.read().splitlines()
+        report = json.loads((out / "report.json").read_text()) if child.returncode == 0 else None
+    error = "\n".join(line for line in lines if line.startswith(("error:", "hint:")))
+    seconds = time.monotonic() - began
+    return Outcome(child.returncode, killed, ended[2].ru_maxrss * 1024, seconds, error, report)
+
+
+def _peak(pid: int) -> int:
+    """VmHWM of a process in bytes; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def compare(arguments: Sequence[str], share: float, beyond: int = 0) -> dict[str, Any]:
+    """A recipe as it is, and within a share of what that took (beyond so many bytes, which it may take anyway)."""
+    free = watched(arguments)
+    if free.report is None:
+        raise RuntimeError(f"{' '.join(arguments)} fails without a bound: {free.error}")
+    limit = beyond + int(share * (free.peak - beyond))
+    held = watched([*arguments, f"budget.memory={limit}B"], limit)
+    pairs = list(zip(free.losses, held.losses, strict=True)) if held.report else []
+    return {
+        "arguments": list(arguments),
+        "limit_bytes": limit,
+        "enforced": "from outside by a watcher that kills the child above the limit (VmHWM, every 10 ms)",
+        "free": _told(free),
+        "held": _told(held),
+        "steps": len(pairs),
+        "largest_relative_difference": max((abs(a - b) / abs(a) for a, b in pairs), default=None),
+        "last_losses": list(pairs[-1]) if pairs else None,
+    }
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    """For the record, with the plan in the place of the whole report."""
+    found = {name: value for name, value in asdict(outcome).items() if name != "report"}
+    report = outcome.report or {"plan": None, "measured": {"tokens_per_second": None}, "notes": []}
+    notes = [note for note in report["notes"] if "memory ran out" in note]
+    return found | {
+        "plan": report["plan"],
+        "tokens_per_second": report["measured"]["tokens_per_second"],
+        "notes": notes,
+    }
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    free, held, worst = found["free"], found["held"], found["largest_relative_difference"]
+    told = f"losses within {worst:.1e} over {found['steps']} steps" if worst is not None else held["error"]
+    return (
+        f"{name:<14} {show_bytes(free['peak']):>9} {show_bytes(found['limit_bytes']):>9} "
+        f"{show_bytes(held['peak']):>9}  exit {held['code']}{', killed' if held['killed'] else ''}  {told}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs in a share of the memory that they take by themselves.")
+    parser.add_argument("--share", type=float, default=0.6, help="Of the peak without a bound.")
+    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES), help="Some of the recipes.")
+    parser.add_argument("--out", type=Path, help="Where to write the record.")
+    given = parser.parse_args()
+    print(f"{'':<14} {'free':>9} {'limit':>9} {'held':>9}", flush=True)
+    runs = {}
+    for name in given.only:
+        runs[name] = compare(RECIPES[name], given.share)
+        print(_line(name, runs[name]), flush=True)
+        if given.out:
+            files.write_json(given.out, {"share": given.share, "floor_bytes": limits.floor("cpu"), "runs": runs})
+
+
+if __name__ == "__main__":
+    main()

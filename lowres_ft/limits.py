@@ -1,0 +1,242 @@
+"""What `budget.memory` bounds: refused early where libraries alone take more, and held to while a run computes.
+
+Linux has no limit of resident memory that a process may set itself. So resident memory is looked at before each module
+computes, and before each adapted layer does in the backward pass: 32 MiB below the bound a MemoryError says that it is
+reached, which a run answers with a finer cut of the same step (`shortage`). Behind that stands a limit of the system,
+for what takes more at once. RLIMIT_DATA bounds what is mapped privately and may be written (VmData), touched or not,
+and no mapped file; a bound of `most` resident bytes becomes
+
+    VmData + most - VmRSS
+
+as both stand when a step or a batch of an evaluation begins. Room in the midst of malloc's heap, whose pages were given
+back, would fill without being seen: where a bound is held, tensors of 256 KiB and more are mapped by themselves,
+threads share one heap, and what was freed in it is given back before each step.
+
+The limit alone would not do. oneDNN's generated code may crash where it gets no memory, and its generator (Xbyak) keeps
+an error for the thread in which it came up, where it makes nothing new any more; tokenizers and OpenMP end the process,
+and Python's own threads wait for ever. So it stands only while tensors are computed, in a thread of its own. What
+others take, and the weights, count when the next step begins.
+"""
+
+import ctypes
+import gc
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lowres_ft import tables
+from lowres_ft.errors import ModelError, OutOfMemoryError
+from lowres_ft.events import Listener, Note
+from lowres_ft.recipe import Recipe
+from lowres_ft.sizes import parse_bytes, show_bytes
+
+T = TypeVar("T")
+_SHARE, _LEAST = 0.05, 512 * 2**20
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # of mallopt, in glibc
+_MAPPED = 2**18  # bytes from which memory is mapped by itself
+_PAGE = mmap.PAGESIZE
+_SPARE = 32 * 2**20  # bytes below a bound, in which libraries still find what little they need
+_WARM = 2**20  # elements: enough for all threads of PyTorch to begin
+
+
+def reserve(total: int) -> int:
+    """Bytes of a memory of `total` that `budget.memory: auto` leaves to others."""
+    return max(round(_SHARE * total), _LEAST)
+
+
+def floor(device: str) -> int:
+    """Bytes that the libraries of any run take on a device; where it is `auto`, on the one where they take least."""
+    fitted = tables.read("memory")
+    kinds = ("cpu", "cuda") if device == "auto" else ("cpu" if device == "cpu" else "cuda",)
+    return min(int(fitted[kind]["libraries"]) + int(fitted[kind]["model_code"]) for kind in kinds)
+
+
+def require(recipe: Recipe, device: str = "auto") -> None:
+    """See, without a heavy library, that a recipe's budget holds at least what libraries take.
+
+    Raises:
+        ModelError: It does not.
+    """
+    given = recipe.budget.memory
+    if given in (None, "auto") or parse_bytes(str(given)) >= (least := floor(device)):
+        return
+    raise ModelError(
+        f"budget.memory: {given} is less than the {show_bytes(least)} that libraries alone take, before any weight",
+        hint="Give it more; `lowres-ft plan` tells how much a run needs. Or leave it out, and there is no bound.",
+    )
+
+
+@contextmanager
+def held(most: int | None, device: str, listen: Listener) -> Iterator[None]:
+    """Hold what is computed `apart` in this process, or its share of a GPU, to so many bytes.
+
+    Raises:
+        OutOfMemoryError: The process takes more already.
+    """
+    global _limit
+    if most is None:
+        yield
+    elif device.startswith("cuda"):
+        with _share_of_gpu(most, device):
+            yield
+    elif device == "cpu" and sys.platform == "linux":
+        limit = Limit.now(most)
+        try:
+            _limit = limit
+            yield
+        finally:
+            _limit = None
+    else:
+        listen(Note("budget.memory bounds the plan alone: this system cannot hold a process to it"))
+        yield
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound of this process's resident memory."""
+
+    most: int
+
+    def look(self) -> None:
+        """See that there is room for what comes next.
+
+        Raises:
+            MemoryError: The bound is reached.
+        """
+        pages = int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1])
+        if pages * _PAGE > self.most - _SPARE:
+            raise MemoryError
+
+    @classmethod
+    def now(cls, most: int) -> "Limit":
+        """A bound from here on. How malloc maps memory stays so until the process ends.
+
+        Raises:
+            OutOfMemoryError: The process takes more already.
+        """
+        _start_threads()
+        if hasattr(library := ctypes.CDLL(None), "mallopt"):
+            library.mallopt(_ARENA_MAX, 1)
+            library.mallopt(_MMAP_THRESHOLD, _MAPPED)
+        trim()
+        if (taken := _taken()["VmRSS"]) >= most:
+            raise OutOfMemoryError(
+                f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}",
+                hint="Give budget.memory more.",
+            )
+        return cls(most)
+
+    @property
+    def data(self) -> int:
+        """The soft limit, RLIMIT_DATA, that keeps the process within."""
+        _give_back()
+        taken = _taken()
+        return taken["VmData"] + max(0, self.most - taken["VmRSS"])
+
+
+_limit: Limit | None = None  # it is of the process, so there is one
+
+
+def apart(call: Callable[[], T]) -> T:
+    """What a call gives; where this process is held to a bound, computed under it."""
+    if _limit is None:
+        return call()
+    import resource
+
+    found: list[T] = []
+    failed: list[BaseException] = []
+    limit, before = _limit, resource.getrlimit(resource.RLIMIT_DATA)
+    outer = [one for one in before if one != resource.RLIM_INFINITY]
+
+    def held_to() -> None:
+        try:
+            _start_threads()
+            resource.setrlimit(resource.RLIMIT_DATA, (min([limit.data, *outer]), before[1]))
+            try:
+                with _looking(limit):
+                    found.append(call())
+            finally:
+                resource.setrlimit(resource.RLIMIT_DATA, before)
+        except BaseException as error:  # noqa: BLE001 (raised in the thread that waits)
+            failed.append(error)
+
+    thread = threading.Thread(target=held_to)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed.pop()
+    return found.pop()
+
+
+_looked: Limit | None = None  # what is looked at now
+
+
+@contextmanager
+def _looking(limit: Limit) -> Iterator[None]:
+    """Look before each module computes."""
+    global _looked
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def before(*_: Any) -> None:
+        limit.look()
+
+    _looked, hook = limit, register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _looked = None
+
+
+def look() -> None:
+    """See that there is room for what comes next, where a bound is held.
+
+    Raises:
+        MemoryError: The bound is reached.
+    """
+    if _looked is not None:
+        _looked.look()
+
+
+@contextmanager
+def _share_of_gpu(most: int, device: str) -> Iterator[None]:
+    """Let PyTorch's allocator hold what the context of the process leaves of `most` bytes. Not yet run on a GPU."""
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    context = int(tables.read("memory")["cuda"]["libraries"])
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most - context) / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def trim() -> None:
+    """Drop what nothing holds any more, and give its memory back to the system."""
+    gc.collect()
+    _give_back()
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system, as far as the C library (glibc) can."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _start_threads() -> None:
+    """Let this thread have its helpers of OpenMP."""
+    import torch
+
+    torch.ones(_WARM).sum()
+
+
+def _taken() -> dict[str, int]:
+    """What Linux says of this process's memory, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB"))
+    return {name.rstrip(":"): int(value) * 1024 for name, value, _ in lines}

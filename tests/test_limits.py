@@ -1,0 +1,129 @@
+"""A bound of memory: refused before heavy libraries are imported, held to while it stands, and gone afterwards."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowres_ft import limits, tables
+from lowres_ft.errors import ModelError
+from lowres_ft.events import Note, unheard
+from lowres_ft.recipe import load_recipe
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds memory on Linux alone")
+HEAVY = ("torch", "transformers", "numpy", "peft")
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["recipe", "curve"])
+def test_a_bound_below_what_libraries_take_is_refused_before_they_are_imported(command):
+    code = (
+        "import atexit, json, sys; from lowres_ft.cli.main import main;"
+        f"atexit.register(lambda: print(json.dumps([name for name in {HEAVY} if name in sys.modules])));"
+        "sys.argv[0] = 'lowres-ft'; main()"
+    )
+    done = python(code, command, "sentiment-lora", "budget.memory=300MiB")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: budget.memory: 300MiB is less than the ")
+    assert "hint: Give it more" in done.stderr
+    assert json.loads(done.stdout) == []
+
+
+def test_the_floor_is_that_of_the_device():
+    fitted = tables.read("memory")
+    assert limits.floor("cpu") == fitted["cpu"]["libraries"] + fitted["cpu"]["model_code"]
+    assert limits.floor("auto") == min(limits.floor("cpu"), limits.floor("cuda:1"))
+    limits.require(load_recipe("sentiment-lora", [f"budget.memory={limits.floor('cpu')}B"]), "cpu")
+    limits.require(load_recipe("sentiment-lora", ["budget.memory=auto"]), "cpu")
+    with pytest.raises(ModelError, match="libraries alone take"):
+        limits.require(load_recipe("sentiment-lora", [f"budget.memory={limits.floor('cpu') - 1}B"]), "cpu")
+
+
+HELD = """
+import resource, sys, torch
+from functools import partial
+from lowres_ft import limits, shortage
+from lowres_ft.events import unheard
+
+def fits(mib):
+    try:
+        torch.zeros(mib << 20, dtype=torch.uint8)
+    except RuntimeError as error:
+        assert shortage.ran_out(error)
+        return False
+    return True
+
+def failing():
+    raise KeyError("seen")
+
+before = resource.getrlimit(resource.RLIMIT_DATA)
+limits._start_threads()
+most = limits._taken()["VmRSS"] + (200 << 20)
+with limits.held(most, "cpu", unheard):
+    print(*(limits.apart(partial(fits, mib)) for mib in (100, 300, 100)), fits(300))
+    held = torch.ones(120 << 20, dtype=torch.uint8)
+    print(*(limits.apart(partial(fits, mib)) for mib in (60, 120)))
+    del held
+    print(limits.apart(partial(fits, 120)))
+    try:
+        limits.apart(failing)
+    except KeyError as error:
+        print(error.args[0])
+    print(resource.getrlimit(resource.RLIMIT_DATA) == before)
+print(limits.apart(partial(fits, 300)))
+"""
+
+
+@linux
+def test_what_goes_beyond_the_bound_cannot_be_had_and_later_can():
+    done = python(HELD)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == "True False True True True False True seen True True".split()
+
+
+@linux
+def test_a_limit_from_outside_stays():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 8 << 30));"
+        "from lowres_ft import limits; from lowres_ft.events import unheard\n"
+        "with limits.held(100 << 30, 'cpu', unheard):\n"
+        "    print(limits.apart(lambda: resource.getrlimit(resource.RLIMIT_DATA)))\n"
+        "print(resource.getrlimit(resource.RLIMIT_DATA))"
+    )
+    assert python(code).stdout.splitlines() == [str((4 << 30, 8 << 30))] * 2
+
+
+@linux
+def test_a_process_that_takes_more_already_is_told():
+    done = python("from lowres_ft import limits; limits.held(2**20, 'cpu', print).__enter__()")
+    assert "before the base is loaded, and may take 1.0 MiB" in done.stderr
+
+
+def test_a_gpu_s_share_is_what_the_context_leaves_and_is_given_back(monkeypatch):
+    shares = []
+    total = type("Properties", (), {"total_memory": 8 * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append((share, device))
+    )
+    context = tables.read("memory")["cuda"]["libraries"]
+    with limits.held(context + 2 * 10**9, "cuda:1", unheard):
+        assert shares == [(0.25, "cuda:1")]
+    assert shares[-1] == (1.0, "cuda:1")
+    with limits.held(10**12, "cuda:0", unheard):
+        assert shares[-1] == (1.0, "cuda:0")
+
+
+def test_where_nothing_can_hold_a_process_that_is_told():
+    heard: list[object] = []
+    with limits.held(10**9, "mps", heard.append):
+        pass
+    assert [type(event) for event in heard] == [Note]
+    with limits.held(None, "cpu", heard.append):
+        assert limits.apart(lambda: 7) == 7
+    assert len(heard) == 1
