@@ -186,7 +186,7 @@ def rehearse(state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Pla
     while True:
         began = time.perf_counter()
         try:
-            _gradients(state, tokens, positions, plan, machine, rate=0.0)
+            limits.apart(partial(_gradients, state, tokens, positions, plan, machine, rate=0.0))
             return time.perf_counter() - began
         except Exception as error:
             if not shortage.ran_out(error):
