@@ -83,7 +83,8 @@ def test_plan_prints_a_table(lowres, bases, reviews, tmp_path):
     assert code == 0
     lines = printed.splitlines()
     assert lines[0].startswith("tiny: lora trains ")
-    assert [line.split("  ")[0] for line in lines[-7:]][:2] == ["this machine", "Colab T4"]
+    assert [line.split("  ")[0] for line in lines[-8:]][:2] == ["this machine", "Colab T4"]
+    assert "--dry-run" in lines[-1]
     code, printed, _ = lowres("plan", path, "--device", "cpu", "--json")
     found = json.loads(printed)
     assert code == 0
