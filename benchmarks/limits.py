@@ -82,12 +82,12 @@ def _peak(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def compare(arguments: Sequence[str], share: float, beyond: int = 0) -> dict[str, Any]:
-    """A recipe as it is, and within a share of what that took (beyond so many bytes, which it may take anyway)."""
+def compare(arguments: Sequence[str], share: float) -> dict[str, Any]:
+    """A recipe as it is, and within a share of what that took."""
     free = watched(arguments)
     if free.report is None:
         raise RuntimeError(f"{' '.join(arguments)} fails without a bound: {free.error}")
-    limit = beyond + int(share * (free.peak - beyond))
+    limit = int(share * free.peak)
     held = watched([*arguments, f"budget.memory={limit}B"], limit)
     pairs = list(zip(free.losses, held.losses, strict=True)) if held.report else []
     return {

@@ -21,7 +21,7 @@ from lowres_ft.sizes import parse_bytes, show_bytes
 
 Needs = Callable[[Recipe, Plan], int]
 """Bytes that a recipe needs at its peak by a plan."""
-_FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
+FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
 _SHORTEST = 16  # tokens: texts cut to fewer say little
 _LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
 
@@ -129,8 +129,8 @@ def advice(recipe: Recipe, machine: Machine) -> str:
 def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
     """Yield a plan and then more frugal ones, those that cost little first."""
     yield plan
-    while plan.micro_batch_tokens > max(_FEW_TOKENS, recipe.task.max_length) and not plan.pinned_cut:
-        tokens = max(_FEW_TOKENS, plan.micro_batch_tokens // 2)
+    while plan.micro_batch_tokens > max(FEW_TOKENS, recipe.task.max_length) and not plan.pinned_cut:
+        tokens = max(FEW_TOKENS, plan.micro_batch_tokens // 2)
         plan = plan.model_copy(update={"micro_batch_tokens": tokens, "evaluation_tokens": 2 * tokens})
         yield plan
     if recipe.budget.recompute == "auto" and profile.stack is not None:

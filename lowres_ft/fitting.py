@@ -67,7 +67,7 @@ def fit(
             keeper.keep(state, record, plan)
             if (step := next(steps, None)) is None:
                 break
-            _tell(adapted, listen)
+            tell(adapted, listen)
             listen(Trained(step, state.total, clock.left(step)))
     state.restore_best()
     measured = Measured.of(record.steps, record.evaluations, state.best_step, plan.device)
@@ -78,7 +78,7 @@ def _evaluate(ready: Ready, machine: Machine, state: TrainState, record: Record,
     """Score the validation rows after the current step, for early stopping and the best step."""
     tokens, task = ready.tokens["validation"], ready.adapted.task
     predicted = evaluate.outputs(ready.adapted, tokens, ready.plan)
-    _tell(ready.adapted, listen)
+    tell(ready.adapted, listen)
     value = evaluate.metric(task.tune(tokens.truth, predicted), tokens.truth, predicted)  # as the end result is scored
     value = float(device.same_for_all(machine, repr(value)))  # all processes stop at the same step
     with stopping.deferred():
@@ -88,7 +88,7 @@ def _evaluate(ready: Ready, machine: Machine, state: TrainState, record: Record,
     listen(Evaluated(state.step, task.metric, value))
 
 
-def _tell(adapted: Adapted, listen: Listener) -> None:
+def tell(adapted: Adapted, listen: Listener) -> None:
     """Say what was found out about memory since the last time."""
     while adapted.room.told:
         listen(Note(adapted.room.told.pop(0)))

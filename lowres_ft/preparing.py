@@ -30,7 +30,7 @@ from lowres_ft.course import Course
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.events import Fetching, Listener, Note, Stage, unheard
-from lowres_ft.fitting import Ready
+from lowres_ft.fitting import Ready, tell
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
@@ -136,8 +136,7 @@ def tried(ready: Ready, machine: Machine, place: Place, listen: Listener) -> Rea
         files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     expected = replace(ready.expected, course=Course.of(ready.recipe, plan, ready.tokens))
     found = trial.run(*subject, plan, machine, expected)
-    while ready.adapted.room.told:
-        listen(Note(ready.adapted.room.told.pop(0)))
+    tell(ready.adapted, listen)
     return replace(ready, plan=plan, expected=expected, trial=found)
 
 

@@ -44,19 +44,23 @@ class Share(Spec):
     start: float
     """Seconds that it takes to start an operation."""
 
+    @classmethod
+    def of(cls, kind: str) -> "Share":
+        """That of 'cpu' or 'cuda'; other devices are taken to be like a GPU."""
+        found = tables.read("speed")
+        return cls.model_validate(found.get(kind, found["cuda"]))
+
 
 def seconds(done: Pass, dtype: Dtype, rates: Rates, kind: str) -> float:
     """How long a micro-batch takes on a device of a kind, 'cpu' or 'cuda'."""
-    shares = tables.read("speed")
-    share = Share.model_validate(shares.get(kind, shares["cuda"]))
+    share = Share.of(kind)
     flops, bandwidth = rates.flops_in(dtype) * share.products, rates.bandwidth * share.bandwidth
     return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
 
 
 def starts(done: Pass, kind: str) -> float:
     """How long starting a micro-batch's operations takes, of which `seconds` holds it."""
-    shares = tables.read("speed")
-    return Share.model_validate(shares.get(kind, shares["cuda"])).start * sum(done.costs.values())
+    return Share.of(kind).start * sum(done.costs.values())
 
 
 def passing(count: int, rates: Rates) -> float:

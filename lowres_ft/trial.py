@@ -16,6 +16,7 @@ import numpy as np
 
 from lowres_ft import batches, device, evaluate, pace, simulate, timings, train
 from lowres_ft.batches import Tokens
+from lowres_ft.budget import FEW_TOKENS
 from lowres_ft.course import shapes
 from lowres_ft.device import Machine
 from lowres_ft.errors import ModelError, TrainingError
@@ -27,7 +28,6 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.train import TrainState
 
 _SHARE = 0.02  # of a run's time that may go into timing it
-_FINEST = 256  # tokens of a micro-batch
 _FASTER = 0.9  # what a finer cut must take of the plan's, so that noise does not decide on the last bits of a result
 _STEPS = 32  # of which the one in the middle is timed
 
@@ -93,7 +93,7 @@ def choose(
     subject = _subject(recipe, adapted, tokens, plan, machine)
     step = subject.typical()
     cuts = [plan.micro_batch_tokens]
-    while not plan.pinned_cut and cuts[-1] // 2 >= max(_FINEST, expected.course.width):
+    while not plan.pinned_cut and cuts[-1] // 2 >= max(FEW_TOKENS, expected.course.width):
         cuts.append(cuts[-1] // 2)
     # A cut that leaves the step whole is the same as the plan's.
     cuts = [plan.micro_batch_tokens, *(most for most in cuts[1:] if len(shapes(tokens["train"], step, most)) > 1)]
@@ -108,7 +108,7 @@ def choose(
 
 
 def _fastest(subject: _Subject, step: np.ndarray, plan: Plan, cuts: list[int]) -> int:
-    """Tokens of the micro-batches by which a step takes least; the finest of those that take as long."""
+    """Tokens of the micro-batches by which a step takes least: the plan's, unless a finer cut is clearly faster."""
     taken: dict[int, list[float]] = {most: [] for most in cuts}
     for _ in range(3):
         for most, seconds in taken.items():
