@@ -60,14 +60,14 @@ def result(run: Run, work: Path) -> Result:
         shapes.write_rows(rows, run.task, run.length, _ROWS)
     out = work / f"{run.key}.json"
     if not out.exists():
-        job = {"base": str(base), "rows": str(rows), "task": run.task, "length": run.length, "changes": run.changes}
+        job = {"base": str(base), "rows": str(rows), "task": run.task, "length": run.length, "changes": run.settings}
         place = work / f"{run.key}.job.json"
         place.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "benchmarks.resident", str(place)], check=True)
     found = json.loads(out.read_text(encoding="utf-8"))
     kernels = {int(length): kernel for length, kernel in found["plan"]["attention_kernels"].items()}
     plan = Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
-    recipe = shapes.recipe(base, rows, run.task, run.length, *run.changes)
+    recipe = shapes.recipe(base, rows, run.task, run.length, *run.settings)
     known = bases.resolve(recipe.model)
     told, account = memory.estimate(recipe, known, profiles.profile(known, recipe.task), plan)
     made = max(account.training.bytes, account.evaluation.bytes)

@@ -12,11 +12,18 @@ class Run:
     task: str
     length: int
     changes: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    """In which it computes; `auto` is what this machine would take."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All that differs from a plain recipe."""
+        return (*self.changes, f"model.dtype={self.dtype}")
 
     @property
     def name(self) -> str:
-        """Shape, task, length and changes in one line."""
-        return " ".join([self.shape, self.task, str(self.length), *self.changes])
+        """Shape, task, length, dtype and changes in one line."""
+        return " ".join([self.shape, self.task, str(self.length), self.dtype, *self.changes])
 
     @property
     def key(self) -> str:
@@ -24,24 +31,24 @@ class Run:
         return re.sub(r"[^A-Za-z0-9.=-]+", "_", self.name)
 
 
-_INT8, _NF4, _FP32 = "model.quantize=int8", "model.quantize=nf4", "model.dtype=float32"
+_INT8, _NF4, _FP32 = "model.quantize=int8", "model.quantize=nf4", "float32"
 FITTED = (
     Run("minilm", "classification", 128),
     Run("minilm", "classification", 512, ("budget.recompute=layers",)),
     Run("bert-base", "classification", 64, (_INT8,)),
     Run("bert-base", "ner", 256, (_NF4, "train.batch_size=16")),
     Run("bert-base", "classification", 128, ("method={kind: full}",)),
-    Run("bert-mini", "classification", 32, (_FP32,)),
+    Run("bert-mini", "classification", 32, (), _FP32),
     Run("xlm-r-minilm", "ner", 128, (_INT8, "model.quantize_embeddings=true")),
     Run("modernbert-small", "classification", 256),
     Run("smollm2", "chat", 128, (_INT8,)),
     Run("smollm2", "chat", 256, (_NF4, "budget.recompute=selective", "train.batch_size=8")),
-    Run("llama-small", "chat", 256, (_FP32,)),
+    Run("llama-small", "chat", 256, (), _FP32),
     Run("qwen3-small", "classification", 128, ("method.rank=64",)),
 )
 JUDGED = (
     Run("minilm", "classification", 256),
-    Run("minilm", "ner", 32, (_FP32, "method={kind: full}")),
+    Run("minilm", "ner", 32, ("method={kind: full}",), _FP32),
     Run("bert-mini", "classification", 512),
     Run("bert-base", "classification", 128),
     Run("bert-base", "classification", 512, (_INT8, "budget.recompute=selective", "train.batch_size=4")),
@@ -49,7 +56,7 @@ JUDGED = (
     Run("distilbert", "classification", 128, (_INT8,)),
     Run("distilbert", "ner", 64, ("method={kind: full}",)),
     Run("roberta-base", "classification", 128, (_NF4, "method.rank=8")),
-    Run("roberta-base", "ner", 256, (_FP32, "budget.recompute=layers")),
+    Run("roberta-base", "ner", 256, ("budget.recompute=layers",), _FP32),
     Run("roberta-small", "classification", 64, ("method={kind: dora}",)),
     Run("xlm-r-minilm", "classification", 128),
     Run("xlm-r-minilm", "ner", 256, (_INT8, "method={kind: ia3}")),

@@ -48,7 +48,7 @@ def measured(run: Run, work: Path) -> dict[str, Any]:
         shapes.write_rows(rows, run.task, run.length, _ROWS)
     out = work / run.key
     if not out.exists():
-        job = [str(base), str(rows), run.task, str(run.length), str(out), *run.changes]
+        job = [str(base), str(rows), run.task, str(run.length), str(out), *run.settings]
         subprocess.run([sys.executable, "-m", "benchmarks.probe", "--job", *job], check=True)
     found: dict[str, Any] = json.loads((out / "report.json").read_bytes())
     return found

@@ -73,7 +73,7 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
             return last
 
     def frugal(changed: Recipe, _: Plan) -> int:
-        *_others, by = plans(changed, plan, profile)
+        *_others, by = plans(changed, _by(changed, plan), profile)
         return needs(changed, by)
 
     listed = _listed(remedies(recipe, last, least, frugal))
@@ -157,10 +157,15 @@ def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str
     """Yield what a recipe needs after each change by itself, the change, and the recipe so."""
     for change, changed in _changed(recipe, plan):
         try:
-            needed = needs(changed, plan)
+            needed = needs(changed, _by(changed, plan))
         except LowresError:  # it cannot be on this base
             continue
         yield needed, change, changed
+
+
+def _by(recipe: Recipe, plan: Plan) -> Plan:
+    """The plan in the dtype that a recipe names, if it does."""
+    return plan if recipe.model.dtype == "auto" else plan.model_copy(update={"dtype": recipe.model.dtype})
 
 
 def _changed(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, Recipe]]:
@@ -180,6 +185,8 @@ def _changed(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, Recipe]]:
                 yield f"model.quantize={form}", part("model", quantize=form)
         if recipe.model.quantize != "none" and not recipe.model.quantize_embeddings:
             yield "model.quantize_embeddings=true", part("model", quantize_embeddings=True)
+        if plan.dtype == "float32":
+            yield "model.dtype=bfloat16", part("model", dtype="bfloat16")
         if (rank := getattr(recipe.method, "rank", 1)) > 1:
             yield f"method.rank={rank // 2}", part("method", rank=rank // 2)
     if recipe.task.max_length > 1:

@@ -4,11 +4,12 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from lowres_ft.errors import LowresError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_ROUNDS = 8  # of products that are timed
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def find(device: str = "auto") -> Machine:
     except RuntimeError as error:
         raise LowresError(f"no device is called '{device}'", hint="Use cpu, cuda, cuda:N or mps.") from error
     if kind == "cpu":
-        return Machine("cpu", _cpu_name(), "bfloat16" if _fast_bfloat16() else "float32", *shared)
+        return _with_fastest(Machine("cpu", _cpu_name(), "float32", *shared))
     if kind == "cuda" and (torch.device(device).index or 0) < torch.cuda.device_count():
         dtype: Dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
         return Machine(device, torch.cuda.get_device_name(device), dtype, *shared)
@@ -74,10 +76,32 @@ def _launched(device: str) -> tuple[int, int, int]:
     return state.num_processes, state.process_index, state.local_process_index
 
 
-def _fast_bfloat16() -> bool:
-    """True where the processor has units for bf16 products; elsewhere bf16 is slower than fp32."""
+def _with_fastest(machine: Machine) -> Machine:
+    """The machine with bf16 where its processor multiplies that as fast as fp32, timed once and kept.
+
+    Units for bf16 do not say so: those of AVX-512 take half of fp32's time on one processor and twice on another.
+    """
     has = _capabilities()
-    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    if has.get("amx_bf16") or not has.get("avx512_bf16"):
+        return replace(machine, dtype="bfloat16" if has.get("amx_bf16") else "float32")
+    from lowres_ft import timings  # which knows machines
+
+    taken = timings.once(machine, "", "products in fp32 and bf16", _timed_products)
+    faster: Dtype = "bfloat16" if taken["bfloat16"] <= taken["float32"] else "float32"
+    return replace(machine, dtype=cast("Dtype", same_for_all(machine, faster)))
+
+
+def _timed_products() -> dict[str, float]:
+    """Seconds of a product as a step has many, by dtype: the least of several, as others may use the processor too."""
+    a, b = torch.randn(1024, 768), torch.randn(768, 768)
+    given = {str(dtype).removeprefix("torch."): (a.to(dtype), b.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    taken: dict[str, list[float]] = {name: [] for name in given}
+    for _ in range(_ROUNDS):
+        for name, (x, weight) in given.items():
+            began = time.perf_counter()
+            torch.mm(x, weight)
+            taken[name].append(time.perf_counter() - began)
+    return {name: min(seconds) for name, seconds in taken.items()}
 
 
 def _capabilities() -> Mapping[str, Any]:

@@ -107,6 +107,20 @@ def test_the_error_names_what_is_enough_and_it_is(most, told, works, made):
         assert large(again, budget.settle(again, plan, profile, most, large)) <= most
 
 
+@pytest.mark.parametrize("said", ["auto", "float32"])
+def test_where_fp32_computes_bf16_is_a_remedy(said, made):
+    recipe, _, _, plan = made(f"model.dtype={said}")
+    plan = plan.model_copy(update={"dtype": "float32"})
+
+    def wide(one, by):
+        return {"float32": 4, "bfloat16": 2}[by.dtype]
+
+    assert budget.remedies(recipe, plan, 4, wide) == [budget.Remedy("model.dtype=bfloat16", 2)]
+    assert budget.together(recipe, plan, 4 * 10**9, 3 * 10**9, lambda *one: 10**9 * wide(*one))[0] == (
+        "model.dtype=bfloat16",
+    )
+
+
 def test_full_fine_tuning_is_told_of_lora(made):
     recipe, _, _, plan = made("method={kind: full}")
 

@@ -48,7 +48,7 @@ def test_the_runs_that_judge_are_not_those_that_were_fitted():
 
 def test_every_run_is_a_recipe(tmp_path):
     for run in (*memory_runs.FITTED, *memory_runs.JUDGED):
-        found = shapes.recipe(tmp_path, tmp_path / "rows.jsonl", run.task, run.length, *run.changes)
+        found = shapes.recipe(tmp_path, tmp_path / "rows.jsonl", run.task, run.length, *run.settings)
         assert found.task.max_length == run.length
 
 
