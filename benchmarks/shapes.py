@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from lowres_ft.recipe import Recipe, parse
 
+_STEP = 4096  # tokens of a step: two micro-batches of a plan for a processor
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' + '\n' }}"
@@ -139,6 +140,6 @@ def recipe(base: Path, rows: Path, task: str, length: int, *changes: str) -> Rec
         "model": {"base": str(base)},
         "method": {"kind": "lora", "rank": 16},
         "data": {"train": str(rows), "validation": 0.2, "test": None},
-        "train": {"steps": 6, "batch_size": 32},
+        "train": {"steps": 4, "batch_size": max(8, min(32, _STEP // length))},
     }
     return parse(raw, changes)

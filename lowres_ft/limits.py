@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowres_ft import tables
+from lowres_ft import allocator, tables
 from lowres_ft.errors import ModelError, OutOfMemoryError
 from lowres_ft.events import Listener, Note
 from lowres_ft.recipe import Recipe
@@ -37,8 +37,6 @@ from lowres_ft.sizes import parse_bytes, show_bytes
 
 T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
-_ARENA_MAX, _MMAP_THRESHOLD = -8, -3  # of mallopt, in glibc
-_MAPPED = 2**18  # bytes from which memory is mapped by itself
 _PAGE = mmap.PAGESIZE
 _SPARE = 32 * 2**20  # bytes below a bound, in which libraries still find what little they need
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
@@ -120,9 +118,7 @@ class Limit:
             OutOfMemoryError: The process takes more already.
         """
         _start_threads()
-        if hasattr(library := ctypes.CDLL(None), "mallopt"):
-            library.mallopt(_ARENA_MAX, 1)
-            library.mallopt(_MMAP_THRESHOLD, _MAPPED)
+        allocator.tighten()
         trim()
         if (taken := _taken()["VmRSS"]) >= most:
             raise OutOfMemoryError(

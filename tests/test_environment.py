@@ -4,7 +4,12 @@ import os
 import subprocess
 import sys
 
-SETTINGS = {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+SETTINGS = {
+    "GOMP_SPINCOUNT": "1000",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def imported(**environment: str) -> list[str]:
@@ -22,4 +27,4 @@ def test_the_package_sets_them_before_pytorch_is_imported():
 
 
 def test_what_the_user_set_stays():
-    assert imported(LRU_CACHE_CAPACITY="7") == ["1000", "64", "7", "False"]
+    assert imported(LRU_CACHE_CAPACITY="7") == ["1000", "64", "7", "1", "False"]
