@@ -6,6 +6,7 @@ import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read as huggingface_hub is imported
+import lowres_ft  # noqa: F401, I001 (first, as it sets what PyTorch reads when it is imported)
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -8,12 +8,14 @@ import pytest
 from lowres_ft import allocator
 
 GROWTH = """
-import sys, torch
+import sys
 from lowres_ft import allocator
+import torch
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
+torch.ones(2**20)
 maps = allocator.settle() if sys.argv[1] == "settled" else False
 before = resident()
 kept = []
