@@ -1,13 +1,12 @@
-"""Bases with random weights in the shapes of known models, and texts of a given length."""
+"""Bases with random weights in the shapes of known models, and texts of a given length.
+
+What it needs is imported after lowres_ft, which sets what PyTorch reads before its first tensor.
+"""
 
 import json
 import random
 from pathlib import Path
 from typing import Any
-
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lowres_ft.recipe import Recipe, parse
 
@@ -91,6 +90,9 @@ _WRITERS = ("llama", "qwen3", "gemma3_text")
 
 def write_base(name: str, folder: Path, dtype: str = "float32") -> None:
     """Write a base of a shape, its weights random, with a tokenizer of single letters."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
     kind, fields = (SHAPES | LARGE)[name]
     words = _tokenizer()
     torch.manual_seed(0)
@@ -101,7 +103,10 @@ def write_base(name: str, folder: Path, dtype: str = "float32") -> None:
     words.save_pretrained(folder)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

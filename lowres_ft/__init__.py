@@ -8,7 +8,6 @@ The heavy libraries are imported when `run` and its kin are first asked for.
 
 import importlib
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from lowres_ft.errors import LowresError
@@ -22,8 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 # Large tensors lie in huge pages, so that they can be given back without much time (allocator.py).
-if "torch" not in sys.modules:
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle, open_bundle

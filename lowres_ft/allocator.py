@@ -10,23 +10,40 @@ give, all stays as it is.
 
 import ctypes
 import os
+import re
 import sys
+from functools import cache
 from pathlib import Path
 
 HUGE = 2**21  # bytes from which PyTorch asks for huge pages
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of mallopt, in glibc
 _MAPPED = 2**18  # bytes from which memory is mapped by itself where every page counts
 _TOP = 2**25  # bytes at the end of the heap that are kept for what is asked next
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # how smaps begins to tell of one
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@cache
 def has_huge_pages() -> bool:
-    """Whether the system gives huge pages to who asks for them, and PyTorch asks."""
+    """Whether large tensors lie in huge pages: the system gives them to all, or to PyTorch, which asks."""
     try:
         told = _SETTING.read_text()
     except OSError:
         return False
-    return "[never]" not in told and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    return "[always]" in told or ("[madvise]" in told and _asks())
+
+
+def _asks() -> bool:
+    """Whether PyTorch asks for them, which it reads from the environment before its first tensor."""
+    import torch
+
+    tensor = torch.empty(2 * HUGE, dtype=torch.uint8)
+    flags = ""
+    with open("/proc/self/smaps", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            if (place := _MAPPING.match(line)) and int(place[1], 16) <= tensor.data_ptr() < int(place[2], 16):
+                flags = next((line for line in lines if line.startswith("VmFlags:")), "")
+    return "hg" in flags.split()
 
 
 def settle() -> bool:

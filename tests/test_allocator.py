@@ -1,5 +1,6 @@
 """Large tensors are mapped by themselves, so that what is freed is given back."""
 
+import os
 import subprocess
 import sys
 
@@ -30,41 +31,51 @@ print(maps, resident() - before < 2**22)
 
 @pytest.fixture
 def system(monkeypatch, tmp_path):
-    """What the system says of huge pages."""
+    """What the system says of huge pages, and whether PyTorch asks for them."""
 
-    def say(setting):
+    def say(setting, asks=True):
         (tmp_path / "enabled").write_text(setting)
         monkeypatch.setattr(allocator, "_SETTING", tmp_path / "enabled")
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+        monkeypatch.setattr(allocator, "_asks", lambda: asks)
+        allocator.has_huge_pages.cache_clear()
 
-    return say
+    yield say
+    allocator.has_huge_pages.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("setting", "has"),
-    [("[always] madvise never", True), ("always [madvise] never", True), ("always madvise [never]", False)],
+    ("setting", "asks", "has"),
+    [
+        ("[always] madvise never", False, True),
+        ("always [madvise] never", True, True),
+        ("always [madvise] never", False, False),
+        ("always madvise [never]", True, False),
+    ],
 )
-def test_huge_pages_are_there_unless_the_system_never_gives_them(setting, has, system):
-    system(setting)
+def test_huge_pages_are_given_to_all_or_to_who_asks(setting, asks, has, system):
+    system(setting, asks)
     assert allocator.has_huge_pages() is has
 
 
-def test_they_are_not_asked_for_where_the_user_said_so(system, monkeypatch):
-    system("[always] madvise never")
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    assert not allocator.has_huge_pages()
-    assert not allocator.settle()
-
-
-def test_no_system_says_that_it_has_none(monkeypatch, tmp_path):
+def test_a_system_that_says_nothing_has_none(system, monkeypatch, tmp_path):
+    system("")
     monkeypatch.setattr(allocator, "_SETTING", tmp_path / "none")
     assert not allocator.has_huge_pages()
+    assert not allocator.settle()
 
 
 def test_what_the_user_told_malloc_stays(system, monkeypatch):
     system("[always] madvise never")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     assert not allocator.settle()
+
+
+@pytest.mark.parametrize("told", ["0", "1"])
+def test_pytorch_asks_where_it_is_told_to(told):
+    code = "from lowres_ft import allocator; print(allocator._asks())"
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": told}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(told == "1")
 
 
 @pytest.mark.skipif(
