@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import shapes
 from benchmarks.memory_runs import FITTED, JUDGED, Run
 from lowres_ft import bases, device, files, memory, profiles
-from lowres_ft.memory import Memory
+from lowres_ft.memory import Fitted, Memory
 from lowres_ft.plan import Plan
 
 _ROWS = 250
@@ -33,10 +33,8 @@ class Result:
 
     run: Run
     told: Memory
-    made: float
-    """Bytes that a step makes, which an allocator may leave in pieces."""
-    single: bool
-    """Whether the weights are held in fp32."""
+    in_heap: float
+    """Most bytes that a micro-batch has in blocks too small to be mapped by themselves."""
     measured: int
 
     @property
@@ -69,28 +67,31 @@ def result(run: Run, work: Path) -> Result:
     plan = Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
     recipe = shapes.recipe(base, rows, run.task, run.length, *run.settings)
     known = bases.resolve(recipe.model)
-    told, account = memory.estimate(recipe, known, profiles.profile(known, recipe.task), plan)
-    made = max(account.training.bytes, account.evaluation.bytes)
-    single = memory.holds_single(recipe, plan)
-    return Result(run, told, made, single, int(found["stages"]["evaluated"]["peak"]))
+    cut = [(rows, width) for rows, width in found["micro_batches"]]
+    told, account = memory.estimate(recipe, known, profiles.profile(known, recipe.task), plan, cut)
+    return Result(run, told, memory.in_heap(account, cut)[0], int(found["stages"]["trained"]["peak"]))
 
 
-def fit(results: list[Result], imported: int) -> dict[str, Any]:
-    """Least squares of relative errors: what comes with a model, and what an allocator leaves in pieces in 16 bits."""
-    tensors = [
-        sum(size for name, size in r.told.terms.items() if name not in ("libraries", "allocator")) for r in results
+def fit(results: list[Result], imported: int, before: Fitted) -> dict[str, Any]:
+    """Least squares of relative errors: what comes with a model, and what the heap keeps for each byte of a step in it.
+
+    `before` are the constants by which the results were told, of which no trace is left.
+    """
+    known = [
+        sum(size for name, size in one.told.terms.items() if name != "libraries")
+        - before.allocator
+        - before.fragmentation * one.in_heap
+        for one in results
     ]
-    rest = np.array([r.measured - imported - size for r, size in zip(results, tensors, strict=True)])
-    sixteen = np.array([0.0 if r.single else 1.0 for r in results])
-    columns = np.stack([np.ones(len(results)), sixteen, sixteen * [r.made for r in results]], axis=1)
-    weights = 1 / np.array([r.measured for r in results])
-    found = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
-    code, allocator, fragmentation = (float(value) for value in found)
+    rest = np.array([one.measured - imported - size for one, size in zip(results, known, strict=True)])
+    columns = np.stack([np.ones(len(results)), [one.in_heap for one in results]], axis=1)
+    weights = 1 / np.array([one.measured for one in results])
+    code, fragmentation = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
     return {
         "libraries": imported,
-        "model_code": round(code),
-        "allocator": round(allocator),
-        "fragmentation": round(fragmentation, 3),
+        "model_code": round(float(code)),
+        "allocator": 0,
+        "fragmentation": round(float(fragmentation), 3),
     }
 
 
@@ -112,7 +113,7 @@ def main() -> None:
         table = json.loads(_TABLE.read_text(encoding="utf-8"))
         results = [result(run, given.work) for run in fitted]
         read = [json.loads((given.work / f"{run.key}.json").read_text())["stages"]["read"]["now"] for run in fitted]
-        files.write_json(_TABLE, table | {"cpu": fit(results, round(statistics.median(read)))})
+        files.write_json(_TABLE, table | {"cpu": fit(results, round(statistics.median(read)), Fitted.of("cpu"))})
     record = []
     for name, runs in (("fitted", fitted), ("judged", judged)):
         results = [result(run, given.work) for run in runs]

@@ -18,7 +18,7 @@ from pathlib import Path
 HUGE = 2**21  # bytes from which PyTorch asks for huge pages
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of mallopt, in glibc
 _MAPPED = 2**18  # bytes from which memory is mapped by itself where every page counts
-_TOP = 2**25  # bytes at the end of the heap that are kept for what is asked next
+_TOP, _LITTLE = 2**25, 2**17  # bytes at the end of the heap that are kept for what is asked next; those of glibc
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # how smaps begins to tell of one
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -46,17 +46,16 @@ def _asks() -> bool:
     return "hg" in flags.split()
 
 
-def settle() -> bool:
-    """Let large tensors be mapped by themselves from here on, where huge pages make that cheap.
+def maps() -> bool:
+    """Whether large tensors are to be mapped: huge pages make that cheap, and the user told malloc nothing else."""
+    return _is_glibc() and has_huge_pages() and "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
-    What the user told malloc by its environment stays.
 
-    Returns:
-        Whether they are.
-    """
-    if not has_huge_pages() or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return False
-    return _told(_MMAP_THRESHOLD, HUGE) and _told(_TRIM_THRESHOLD, _TOP)
+def settle() -> None:
+    """Let large tensors be mapped by themselves from here on, where they are to be."""
+    if maps():
+        _tell(_MMAP_THRESHOLD, HUGE)
+        _tell(_TRIM_THRESHOLD, _TOP)
 
 
 def tighten() -> None:
@@ -64,13 +63,15 @@ def tighten() -> None:
 
     It stays so until the process ends, and costs time: for processes whose memory is bounded.
     """
-    _told(_ARENA_MAX, 1)
-    _told(_MMAP_THRESHOLD, _MAPPED)
-    _told(_TRIM_THRESHOLD, 2**17)
+    if _is_glibc():
+        _tell(_ARENA_MAX, 1)
+        _tell(_MMAP_THRESHOLD, _MAPPED)
+        _tell(_TRIM_THRESHOLD, _LITTLE)
 
 
-def _told(parameter: int, value: int) -> bool:
-    """Tell malloc, where it is glibc's."""
-    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
-        return False
-    return bool(library.mallopt(parameter, value))
+def _is_glibc() -> bool:
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
+
+
+def _tell(parameter: int, value: int) -> None:
+    ctypes.CDLL(None).mallopt(parameter, value)

@@ -14,6 +14,7 @@ from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
 from lowres_ft.errors import LowresError, ModelError
+from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan, why_resident
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
@@ -44,11 +45,16 @@ def room(recipe: Recipe, machine: Machine) -> int | None:
 
 
 def within(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Machine, lengths: Sequence[int] = ()
+    recipe: Recipe,
+    base: Base,
+    profile: Profile,
+    plan: Plan,
+    machine: Machine,
+    shapes: Callable[[Recipe, Plan], Sequence[Shape]] = lambda *_: (),
 ) -> Plan:
     """The plan, made as frugal as the recipe's budget of memory asks for.
 
-    Texts have `lengths`, or are as long as the recipe lets them be.
+    `shapes` says into what a plan cuts the rows; else texts are as long as the recipe lets them be.
 
     Raises:
         ModelError: No plan fits; the message lists changes of the recipe and what each of them saves.
@@ -57,7 +63,7 @@ def within(
     if most is None:
         return plan
     return settle(
-        recipe, plan, profile, most, lambda one, by: memory.estimate(one, base, profile, by, lengths)[0].total
+        recipe, plan, profile, most, lambda one, by: memory.estimate(one, base, profile, by, shapes(one, by))[0].total
     )
 
 

@@ -65,6 +65,11 @@ class Course:
         )
 
     @property
+    def micro_batches(self) -> list[Shape]:
+        """Of all steps that were looked at, each shape once."""
+        return sorted({shape for step in self.sample for shape in step})
+
+    @property
     def typical(self) -> Shape:
         """The micro-batch in the middle, by its tokens."""
         every = sorted((shape for step in self.sample for shape in step), key=lambda shape: shape[0] * shape[1])

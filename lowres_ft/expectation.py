@@ -45,7 +45,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     """
 
     def account() -> dict[str, Any]:
-        needed, long = memory.estimate(recipe, base, profile, plan, [course.width])
+        needed, long = memory.estimate(recipe, base, profile, plan, course.micro_batches)
         typical = long
         if course.typical != (long.rows, long.width):
             typical = simulate.account(recipe, base, profile, plan, *course.typical)
@@ -56,7 +56,8 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    what = json.dumps(["expected", *known, course.width, course.typical, device.versions()])
+    fitted = memory.Fitted.of(plan.device).model_dump()
+    what = json.dumps(["expected", *known, course.micro_batches, course.typical, fitted, device.versions()])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

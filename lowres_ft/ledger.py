@@ -42,6 +42,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sums: Counter[Kind] = Counter()
         self.most: Counter[Kind] = Counter()
         self.total = self.highest = 0
+        self.sizes: Counter[int] = Counter()  # bytes that are alive, by the size of their storage
+        self.blocks: Counter[int] = Counter()  # the same at the highest moment
         self.costs: Counter[Cost] = Counter()
 
     def __torch_dispatch__(
@@ -100,16 +102,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self.alive[key] = kind, size
         self.sums[kind] += size
+        self.sizes[size] += size
         self.total += size
         weakref.finalize(storage, self._free, key, self.alive)
         if self.total > self.highest:
-            self.highest, self.most = self.total, self.sums.copy()
+            self.highest, self.most, self.blocks = self.total, self.sums.copy(), self.sizes.copy()
 
     def _free(self, key: int, among: dict[int, tuple[Kind, int]]) -> None:
         if among is not self.alive:  # of a count that is over
             return
         kind, size = self.alive.pop(key)
         self.sums[kind] -= size
+        self.sizes[size] -= size
         self.total -= size
 
 

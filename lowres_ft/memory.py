@@ -5,13 +5,15 @@ what the allocator cannot give back, was fitted to measured peaks by `python -m 
 far both lie apart.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lowres_ft import simulate, tables
+from lowres_ft import allocator, simulate, tables
 from lowres_ft.bases import Base
+from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
@@ -29,15 +31,16 @@ class Fitted(Spec):
     model_code: int
     """Bytes that come with the first model: its code, a tokenizer, threads and kernels."""
     allocator: int
-    """Bytes that an allocator leaves in pieces as weights are made 16 bits wide, however little a step makes."""
+    """Bytes that an allocator holds beside what a step makes, however little that is."""
     fragmentation: float
-    """Bytes that it leaves in pieces then for each byte that a step makes; with fp32 weights it leaves next to none."""
+    """Bytes that it holds beside each byte in its heap: all that 16 bits wide steps make, unless large tensors are
+    mapped by themselves."""
 
     @classmethod
-    def of(cls, kind: str) -> "Fitted":
-        """Those of 'cpu' or 'cuda'; other devices are taken to be like a GPU."""
-        found = tables.read("memory")
-        return cls.model_validate(found.get(kind, found["cuda"]))
+    def of(cls, device: str) -> "Fitted":
+        """Those of a processor, its large tensors mapped or in the heap; others are taken to be like a GPU."""
+        kind = ("cpu" if allocator.maps() else "heap") if device == "cpu" else "cuda"
+        return cls.model_validate(tables.read("memory")[kind])
 
 
 @dataclass(frozen=True)
@@ -84,31 +87,61 @@ class Memory:
         return {"total": self.total, **asdict(self)}
 
 
-def longest(recipe: Recipe, plan: Plan, lengths: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """Yield the micro-batches (sequences, tokens of each) of which one takes most memory.
+def full(recipe: Recipe, plan: Plan) -> Iterator[Shape]:
+    """Yield the micro-batches (sequences, tokens of each) of sequences as long as the recipe lets them be.
 
-    Without `lengths` of the sequences they are as long as the recipe lets them be. Where a longer row takes another
-    kernel of attention, the longest of each kernel counts: one that keeps nothing can take less.
+    Where a longer one takes another kernel of attention, the longest of each kernel counts: one that keeps nothing can
+    take less.
     """
-    most = min(max(lengths, default=recipe.task.max_length), recipe.task.max_length)
+    most = recipe.task.max_length
     share = -(-recipe.train.batch_size // plan.processes)
     for width in sorted({most, *(length for length in plan.attention_kernels if length < most)}, reverse=True):
         yield max(1, min(share, plan.micro_batch_tokens // width)), width
 
 
+def heaviest(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
+    """Of each kernel of attention the micro-batch with most tokens."""
+    ends = sorted(plan.attention_kernels)
+    found: dict[int, Shape] = {}
+    for shape in sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape[1])):
+        found[bisect_left(ends, shape[1])] = shape
+    return list(found.values())
+
+
 def estimate(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, lengths: Sequence[int] = ()
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shapes: Sequence[Shape] = ()
 ) -> tuple[Memory, Account]:
     """What a run needs at its peak, and the account of the micro-batch that needs most.
+
+    Without the `shapes` of a run's micro-batches they are as large as the recipe lets them be.
 
     Raises:
         ModelError: The base cannot be adapted as asked.
     """
-    shapes = longest(recipe, plan, lengths)
-    accounts = [simulate.account(recipe, base, profile, plan, *shape) for shape in shapes]
-    account = max(accounts, key=lambda one: max(one.training.bytes, one.evaluation.bytes))
-    peak = max(account.training, account.evaluation, key=lambda one: one.bytes)
-    return _memory(account.held, peak, plan, single=holds_single(recipe, plan)), account
+    several = heaviest(shapes, plan) if shapes else list(full(recipe, plan))
+    accounts = [simulate.account(recipe, base, profile, plan, *shape) for shape in several]
+    account = max(accounts, key=lambda one: one.peak.bytes)
+    return _memory(account.held, account.peak, plan, _in_pieces(recipe, plan, account, shapes)), account
+
+
+def in_heap(account: Account, shapes: Sequence[Shape]) -> tuple[float, float]:
+    """Most bytes that a micro-batch of some shapes has in blocks too small to be mapped, and what this one has."""
+    whole = account.rows * account.width
+    shares = {1.0, *(min(1.0, rows * width / whole) for rows, width in shapes)}
+    return max(account.peak.small(allocator.HUGE, share) for share in shares), account.peak.small(allocator.HUGE)
+
+
+def _in_pieces(recipe: Recipe, plan: Plan, account: Account, shapes: Sequence[Shape]) -> float:
+    """Bytes that an allocator holds beside what a step has made.
+
+    Where large tensors are mapped by themselves, the heap keeps what the others took when they took most, which may be
+    in a smaller micro-batch.
+    """
+    fitted = Fitted.of(plan.device)
+    if plan.device == "cpu" and allocator.maps():
+        most, here = in_heap(account, shapes)
+        return fitted.allocator + (1 + fitted.fragmentation) * most - here
+    return 0.0 if holds_single(recipe, plan) else fitted.allocator + fitted.fragmentation * account.peak.bytes
 
 
 def holds_single(recipe: Recipe, plan: Plan) -> bool:
@@ -116,8 +149,8 @@ def holds_single(recipe: Recipe, plan: Plan) -> bool:
     return plan.dtype == "float32" or recipe.method.trains_base
 
 
-def _memory(held: Held, peak: Pass, plan: Plan, *, single: bool) -> Memory:
-    fitted = Fitted.of(plan.device.partition(":")[0])
+def _memory(held: Held, peak: Pass, plan: Plan, in_pieces: float) -> Memory:
+    fitted = Fitted.of(plan.device)
     kept = held.linears + held.embeddings + held.others + held.heads + held.adapter
     libraries = fitted.libraries + fitted.model_code
     return Memory(
@@ -134,6 +167,6 @@ def _memory(held: Held, peak: Pass, plan: Plan, *, single: bool) -> Memory:
         logits=round(peak.most.get("logits", 0)),
         work=round(peak.most.get("work", 0)),
         converted=round(peak.most.get("converted", 0)),
-        allocator=0 if single else round(fitted.allocator + fitted.fragmentation * peak.bytes),
+        allocator=round(in_pieces),
         loading=libraries + kept + _FILE_ELEMENT * held.largest,
     )

@@ -1,6 +1,7 @@
 """What comes before training: a recipe's rows and base made ready, or only looked at."""
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,13 @@ from lowres_ft import (
 )
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
-from lowres_ft.batches import Reader
+from lowres_ft.batches import Reader, Tokens
 from lowres_ft.course import Course
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.events import Fetching, Listener, Note, Stage, unheard
 from lowres_ft.fitting import Ready, tell
+from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
@@ -75,7 +77,7 @@ def rehearse(recipe: Recipe, *, device_name: str = "auto", listen: Listener = un
         few = {name: batches.sample(reader, split, _SAMPLED, seed) for name, split in splits.items()}
     sizes = {name: len(split) for name, split in splits.items()}
     resolved = recipe.model_copy(update={"task": rows.task})
-    plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine)
+    plan = budget.within(resolved, base, profile, plans.make(recipe, profile, machine), machine, _cut(few))
     course = Course.of(resolved, plan, few, sizes, recipe.task.max_length)
     expected = expectation.expect(resolved, base, profile, plan, machine, course)
     return Rehearsal(
@@ -99,8 +101,8 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     listen(Stage("tokenizing"))
     reader = _reader(resolved.task, base)
     tokens = {name: batches.tokenize(reader, split, place.work / name) for name, split in rows.splits().items()}
-    lengths = [int(split.lengths.max()) for split in tokens.values()]
-    plan = budget.within(resolved, base, profile, plans.make(resolved, profile, machine, like=like), machine, lengths)
+    first = plans.make(resolved, profile, machine, like=like)
+    plan = budget.within(resolved, base, profile, first, machine, _cut(tokens))
     plan, replanned = resuming.settled(plan, place.found, resolved)
     for text in replanned:
         listen(Note(text))
@@ -116,6 +118,17 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     for text in told:
         listen(Note(text))
     return Ready(resolved, rows, adapted, tokens, plan, (*rows.notes, *told), expected)
+
+
+def _cut(tokens: Mapping[str, Tokens]) -> Callable[[Recipe, Plan], list[Shape]]:
+    """How a plan cuts rows; in a recipe that lets them be less long, they are cut off there."""
+
+    def cut(recipe: Recipe, plan: Plan) -> list[Shape]:
+        longest = recipe.task.max_length
+        shapes = Course.of(recipe, plan, tokens).micro_batches
+        return sorted({(rows, min(width, longest)) for rows, width in shapes})
+
+    return cut
 
 
 def _reader(task: Task, base: Base) -> Reader:

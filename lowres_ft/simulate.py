@@ -12,8 +12,8 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.storage import Storage
 from lowres_ft.tasks.base import Batch
 
+Key = TypeVar("Key")
 _FEW, _MORE = 2, 4  # layers of a deep stack that are run
 _SAME = 0.001  # of a peak: what may go from one kind to another where the peaks are the same moment
 _OPTIMIZER_BLOCK = 256  # moments in 8 bits that share an absolute maximum
@@ -74,11 +75,17 @@ class Pass:
     """Bytes by what they are for, at the moment when they are most."""
     costs: dict[Cost, float]
     """How often each FLOPs and bytes moved of an operation occur."""
+    blocks: dict[int, float] = field(default_factory=dict)
+    """Bytes at that moment by the size of what holds them."""
 
     @property
     def bytes(self) -> float:
         """All that is alive at that moment."""
         return sum(self.most.values())
+
+    def small(self, limit: int, share: float = 1.0) -> float:
+        """What a micro-batch with a share of the tokens has in blocks below a limit."""
+        return sum(share * held for size, held in self.blocks.items() if share * size < limit)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,11 @@ class Account:
     """A micro-batch of training, `rows` sequences of `width` tokens."""
     evaluation: Pass
     """One of evaluation, twice as many."""
+
+    @property
+    def peak(self) -> Pass:
+        """The one of the two that takes more."""
+        return max(self.training, self.evaluation, key=lambda one: one.bytes)
 
 
 def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int, width: int) -> Account:
@@ -142,9 +154,13 @@ def _extended(more: Pass, fewer: Pass, layers: int) -> Pass | None:
     if any(grown < -_SAME * more.bytes for grown in growth.values()) or fewer.most.keys() - more.most.keys():
         return None
     most = {kind: size + times * growth[kind] for kind, size in more.most.items()}
-    costs = more.costs.keys() | fewer.costs.keys()
-    each = {cost: more.costs.get(cost, 0) - fewer.costs.get(cost, 0) for cost in costs}
-    return Pass(most, {cost: more.costs.get(cost, 0) + times * grown for cost, grown in each.items()})
+    return Pass(most, _grown(more.costs, fewer.costs, times), _grown(more.blocks, fewer.blocks, times))
+
+
+def _grown(more: dict[Key, float], fewer: dict[Key, float], times: float) -> dict[Key, float]:
+    """What more has, and so many times what it has more than fewer."""
+    keys = more.keys() | fewer.keys()
+    return {key: (1 + times) * more.get(key, 0) - times * fewer.get(key, 0) for key in keys}
 
 
 def _adapted(recipe: Recipe, base: Base, profile: Profile, plan: Plan) -> Adapted:
@@ -261,7 +277,7 @@ def _training(adapted: Adapted, ledger: Ledger, rows: int, width: int, *, cut: b
         with ledger.during("work"):
             loss.backward()  # type: ignore[no-untyped-call]
         adapted.keys.clear()
-        found = Pass(dict(ledger.most), dict(ledger.costs))
+        found = Pass(dict(ledger.most), dict(ledger.costs), dict(ledger.blocks))
         del loss
         for parameter in trained:
             parameter.grad = None
@@ -279,7 +295,7 @@ def _evaluation(adapted: Adapted, ledger: Ledger, rows: int, width: int) -> Pass
         left: dict[Kind, float] = {"gradients": sum(map(nbytes, adapted.trained().values()))}
         with ledger.during("activations"), _told_apart(adapted.model, ledger):
             adapted.task.outputs(adapted.model, batch)
-        found = Pass({**ledger.most, **left}, dict(ledger.costs))
+        found = Pass({**ledger.most, **left}, dict(ledger.costs), dict(ledger.blocks))
     adapted.model.train(was_training)
     return found
 

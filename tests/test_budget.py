@@ -139,7 +139,7 @@ def test_a_change_that_this_base_does_not_take_is_no_remedy(made):
 
 
 def test_a_real_account_fits_what_it_says(made):
-    recipe, base, profile, plan = made("budget.memory=600MiB")
+    recipe, base, profile, plan = made("budget.memory=1GiB")
     found, _ = memory.estimate(recipe, base, profile, plan)
     assert sum(found.terms.values()) <= found.total == found.to_json()["total"]
     assert budget.within(recipe, base, profile, plan, device.find("cpu")) in list(budget.plans(recipe, plan, profile))

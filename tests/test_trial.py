@@ -178,12 +178,12 @@ def test_what_is_expected_comes_from_accounts_of_the_longest_and_the_typical(
     course = Course.of(ready.recipe, ready.plan, ready.tokens)
     given = (ready.recipe, ready.adapted.base, profile, ready.plan, ready.machine, course)
     found = expectation.expect(*given)
-    told, _ = memory.estimate(ready.recipe, ready.adapted.base, profile, ready.plan, [course.width])
+    told, _ = memory.estimate(ready.recipe, ready.adapted.base, profile, ready.plan, course.micro_batches)
     assert found.memory == told
     assert found.seconds == course.training(found.pace)
     monkeypatch.setattr(memory, "estimate", None)
     assert expectation.expect(*given) == found  # kept, not accounted for again
-    longer = dataclasses.replace(course, width=course.width + 1)
+    longer = dataclasses.replace(course, sample=(((8, 17),),))
     assert "cannot be told" in expectation.expect(*given[:-1], longer).untold
 
 
