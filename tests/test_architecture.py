@@ -14,7 +14,7 @@ MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path i
 LAYERS = (
     "errors spec yaml12 files foreign harmless libraries events sizes stopping",
     "registry tasks methods clean calibration",
-    "recipe limits overrides assets gguf starters verdict tables catalogue",
+    "recipe allocator limits overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
     " simulate memory speed pace budget mapped streaming folders shortage",
