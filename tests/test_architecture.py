@@ -13,7 +13,7 @@ FILES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACK
 MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
     "errors spec yaml12 files foreign harmless libraries deferred events sizes stopping",
-    "registry tasks methods clean calibration",
+    "registry tasks methods clean calibration minimum",
     "recipe limits overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
