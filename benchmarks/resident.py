@@ -18,6 +18,9 @@ def status() -> dict[str, int]:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train a recipe; return the memory after each stage, resident and at most so far."""
+    from lowres_ft import deferred
+
+    deferred.begin()  # as the command line does
     from benchmarks import shapes
     from lowres_ft import data, device, evaluate, preparing, train
     from lowres_ft.course import Course

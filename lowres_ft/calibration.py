@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lowres_ft import minimum
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,16 +29,13 @@ def temperature(mean_loss: Callable[[float], float], lead: float) -> float | Non
     None where there is no least: of answers that are all right, ever smaller temperatures are better, and ever greater
     ones where the logits tell nothing.
     """
-    from scipy.optimize import minimize_scalar
-
     least = max(1 / _RANGE, lead / _SURE)
     if least >= _RANGE:
         return None
-    bounds = (math.log(least), math.log(_RANGE))
-    found = minimize_scalar(lambda log: mean_loss(math.exp(log)), bounds=bounds, method="bounded")
-    if min(mean_loss(least), mean_loss(_RANGE)) <= found.fun:
+    place, loss = minimum.bounded(lambda log: mean_loss(math.exp(log)), math.log(least), math.log(_RANGE))
+    if min(mean_loss(least), mean_loss(_RANGE)) <= loss:
         return None
-    return float(f"{math.exp(found.x):.4g}")
+    return float(f"{math.exp(place):.4g}")
 
 
 def reliability(certainty: "np.ndarray") -> dict[str, Any]:

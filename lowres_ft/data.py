@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lowres_ft import assets, clean, readers
+from lowres_ft import arrow, assets, clean, readers
 from lowres_ft.errors import DataError, nearest
 from lowres_ft.files import writing
 from lowres_ft.recipe import DataSpec, Recipe
@@ -52,7 +52,7 @@ class Rows:
 
     def keys(self) -> Ragged:
         """Hashes (uint64) of the texts of each row by which it is the same as another."""
-        return _lists(self.table["keys"]).take(self.index)
+        return arrow.ragged(self.table["keys"]).take(self.index)
 
     @cached_property
     def labels(self) -> list[tuple[str, ...]]:
@@ -60,8 +60,7 @@ class Rows:
         column = self.table["labels"].combine_chunks()
         encoded = column.flatten().dictionary_encode()
         names: list[str] = encoded.dictionary.to_pylist()
-        starts = np.concatenate([[0], np.cumsum(column.value_lengths().to_numpy())])
-        codes = Ragged(encoded.indices.to_numpy(), starts)
+        codes = Ragged(arrow.numbers(encoded.indices), arrow.starts(column))
         known: dict[bytes, tuple[str, ...]] = {}
         found = []
         for row in self.index:
@@ -76,11 +75,11 @@ class Rows:
 
         They are picked one by one: `Table.take` would copy whole columns, and fails on more than 2 GiB of text.
         """
-        columns = [self.table[name].chunks for name in ("where", "example")]
-        starts = np.cumsum([0, *(len(chunk) for chunk in columns[0])])
+        both = [self.table[name].chunks for name in ("where", "example")]
+        starts = np.cumsum([0, *(len(chunk) for chunk in both[0])])
         chunk_of = np.searchsorted(starts, self.index, side="right") - 1
         for chunk, place in zip(chunk_of.tolist(), (self.index - starts[chunk_of]).tolist(), strict=True):
-            where, example = (chunks[chunk][place].as_py() for chunks in columns)
+            where, example = (chunks[chunk][place].as_py() for chunks in both)
             yield task.example(where, **json.loads(example))
 
     def fingerprint(self) -> str:
@@ -89,13 +88,8 @@ class Rows:
 
     def hashes(self) -> np.ndarray:
         """(N,) uint64 hashes of all that the task reads of a row."""
-        hashes: np.ndarray = self.table["hash"].to_numpy()[self.index]
+        hashes: np.ndarray = arrow.numbers(self.table["hash"])[self.index]
         return hashes
-
-
-def _lists(column: pa.ChunkedArray) -> Ragged:
-    whole = column.combine_chunks()
-    return Ragged(whole.flatten().to_numpy(), np.concatenate([[0], np.cumsum(whole.value_lengths().to_numpy())]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +220,9 @@ def store(
             pending.append(_record(task, example))
             _count(seen, pending[-1]["labels"], where)
             if len(pending) == _BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(pending, _SCHEMA))
+                writer.write_batch(arrow.batch(pending, _SCHEMA))
                 pending.clear()
-        writer.write_batch(pa.RecordBatch.from_pylist(pending, _SCHEMA))
+        writer.write_batch(arrow.batch(pending, _SCHEMA))
     if wrong:
         raise DataError("\n  ".join(error.message for error in wrong), hint=wrong[0].hint or "Mend or remove the rows.")
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()

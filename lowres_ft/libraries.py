@@ -1,7 +1,8 @@
 """Libraries that do something by the way when they are imported, imported without it.
 
 Where the package `kernels` is installed, bitsandbytes fetches native code from the Hub as it is imported, and PEFT
-imports bitsandbytes. No network call may happen unasked.
+imports bitsandbytes. No network call may happen unasked. bitsandbytes has functions compiled as it is imported, which
+brings PyTorch's compiler into memory whether one of them is called or not.
 """
 
 import importlib
@@ -9,12 +10,14 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from types import ModuleType
+from typing import Any
 
 
 def peft() -> ModuleType:
     """The module peft."""
-    with _without_kernels():
+    with _without_kernels(), _compiled_later():
         return importlib.import_module("peft")
 
 
@@ -24,7 +27,7 @@ def bitsandbytes() -> ModuleType:
     Raises:
         ImportError: It is not installed.
     """
-    with _without_kernels():
+    with _without_kernels(), _compiled_later():
         return importlib.import_module("bitsandbytes")
 
 
@@ -64,3 +67,31 @@ def _without_kernels() -> Iterator[None]:
         sys.modules.pop("kernels", None)
         if kernels is not None:
             sys.modules["kernels"] = kernels
+
+
+@contextmanager
+def _compiled_later() -> Iterator[None]:
+    """Let what is compiled be so when it is first called."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    import torch
+
+    compile_now: Any = torch.compile
+
+    def later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return partial(later, **options)
+        compiled = cache(lambda: compile_now(function, **options))
+
+        @wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            return compiled()(*args, **named)
+
+        return call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now

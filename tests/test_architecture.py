@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parent.parent / "lowres_ft"
 FILES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
 MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
-    "errors spec yaml12 files foreign harmless libraries events sizes stopping",
-    "registry tasks methods clean calibration",
+    "errors spec yaml12 files foreign harmless libraries deferred events sizes stopping",
+    "registry tasks methods clean calibration minimum",
     "recipe allocator limits overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
-    " simulate memory speed pace budget mapped streaming folders shortage",
+    " arrow simulate memory speed pace budget mapped streaming folders shortage",
     "train optimizers evaluate significance bundle border probes card merging prediction generation contrast comparison"
     " checks checking powerlaw checkpoint saving course expectation trial",
     "report exhibits page fitting pipeline preparing resuming runs curve plotting forecast doctor",

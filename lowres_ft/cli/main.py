@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lowres_ft
-from lowres_ft import stopping
+from lowres_ft import deferred, stopping
 from lowres_ft.cli import bundles, chat, checks, comparing, machine, recipes, terminal
 from lowres_ft.errors import LowresError
 from lowres_ft.stopping import Stopped
@@ -47,6 +47,7 @@ def _options(
 def main() -> None:
     """Run the command line. Exit 2 for a LowresError, 130 and 143 for signals; anything else keeps its traceback."""
     stopping.install()
+    deferred.begin()
     with terminal.guarded():
         _run()
 
