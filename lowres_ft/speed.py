@@ -16,7 +16,7 @@ from lowres_ft.simulate import Pass
 from lowres_ft.spec import Spec
 
 _PRODUCT = {"cpu": 1024, "mps": 2048, "cuda": 4096}
-_COPIED = 2**26  # elements of fp32, more than a cache holds
+_COPIED = 2**23  # elements of fp32: more than most caches hold, and little beside a run
 
 
 class Rates(Spec):
