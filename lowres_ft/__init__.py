@@ -20,6 +20,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # new ones. 64 of each take half a gigabyte less on short texts, and no more time; it takes both (benchmarks/NOTES.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+# Arrow's own allocator maps a gigabyte at its first byte, which counts as data of the process (RLIMIT_DATA).
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle, open_bundle
