@@ -22,6 +22,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 # Large tensors lie in huge pages, so that they can be given back without much time (allocator.py).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Arrow's own allocator maps a gigabyte at its first byte, which counts as data of the process (RLIMIT_DATA).
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 if TYPE_CHECKING:
     from lowres_ft.bundle import Bundle, open_bundle

@@ -24,18 +24,17 @@ class Keys:
 
     def groups(self) -> np.ndarray:
         """(N,) the least hash among all rows that hang together with each row."""
-        _, text = np.unique(self.texts.values, return_inverse=True)
-        if (np.diff(self.texts.starts) == 1).all():
+        rows, starts = self.texts.row_of, self.texts.starts
+        if (np.diff(starts) == 1).all():
             return self.texts.values
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        rows, size = len(self.texts), len(self.texts) + int(text.max()) + 1
-        edges = coo_array((np.ones(len(text)), (self.texts.row_of, rows + text)), shape=(size, size))
-        _, component = connected_components(edges, directed=False)
-        least = np.full(size, np.iinfo(np.uint64).max, dtype=np.uint64)
-        np.minimum.at(least, component[self.texts.row_of], self.texts.values)
-        found: np.ndarray = least[component[:rows]]
+        hashes, text = np.unique(self.texts.values, return_inverse=True)
+        least = np.arange(len(hashes))  # of each text one that hangs together with it, and in the end the least
+        beside = text[starts[:-1][rows]]  # the first text of the row in which each one stands
+        while ((one := least[text]) != (other := least[beside])).any():
+            np.minimum.at(least, np.maximum(one, other), np.minimum(one, other))
+            least = least[least]
+        found: np.ndarray = np.full(len(self.texts), np.iinfo(np.uint64).max, dtype=np.uint64)
+        found[rows] = hashes[least[text]]
         return found
 
     def classes(self, task: Task) -> np.ndarray:

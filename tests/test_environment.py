@@ -9,6 +9,7 @@ SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
     "THP_MEM_ALLOC_ENABLE": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
 
@@ -27,4 +28,4 @@ def test_the_package_sets_them_before_pytorch_is_imported():
 
 
 def test_what_the_user_set_stays():
-    assert imported(LRU_CACHE_CAPACITY="7") == ["1000", "64", "7", "1", "False"]
+    assert imported(LRU_CACHE_CAPACITY="7") == ["1000", "64", "7", "1", "system", "False"]

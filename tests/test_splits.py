@@ -135,3 +135,34 @@ def test_rows_without_a_label_are_no_class_that_could_be_too_small():
     keys = Keys(Ragged(np.arange(2, dtype=np.uint64), np.arange(3)), [(), ()])
     with pytest.raises(DataError, match=r"data\.validation gets no row: 2 rows"):
         splits.split(keys, Plain(), {"validation": 0.2, "test": 0.2}, 7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 30).map(lambda number: 2**64 - 1 - number * 7919), max_size=4), max_size=25))
+def test_rows_that_hang_together_share_the_least_hash(rows):
+    hashes = [np.array(row, dtype=np.uint64) for row in rows]
+    found = Keys(Ragged.of([*hashes, np.array([5], dtype=np.uint64)]), [()] * (len(rows) + 1)).groups()
+    together, nothing = closed([{*row} for row in rows]), 2**64 - 1
+    assert found.tolist()[:-1] == [min(one, default=nothing) for one in together]
+    assert found[-1] == 5
+
+
+def closed(together: list[set[int]]) -> list[set[int]]:
+    """Sets that share an element made one, until none do."""
+    changed = True
+    while changed:
+        changed = False
+        for one in together:
+            for other in together:
+                if one & other and one != other:
+                    one |= other
+                    other |= one
+                    changed = True
+    return together
+
+
+def test_a_long_chain_of_rows_is_one_group():
+    numbers = np.random.default_rng(1).permutation(20_000).astype(np.uint64)
+    pairs = np.stack([numbers[:-1], numbers[1:]], axis=1)
+    found = Keys(Ragged(pairs.reshape(-1), np.arange(len(pairs) + 1) * 2), [()] * len(pairs)).groups()
+    assert (found == 0).all()
