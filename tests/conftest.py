@@ -6,6 +6,7 @@ import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read as huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start: each core has a worker
 
 from collections.abc import Callable
 from dataclasses import dataclass
