@@ -80,7 +80,8 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     """What matters most, a line for each kind, for a run that begins; with many rows, without what takes long."""
     many = max(len(split) for split in rows.splits().values()) > _FEW
     survey = Survey.of(rows, tokenizer, first=_MANY, most=_FEW)
-    found = [finding for one in _checks() if not (many and one.costly) for finding in one.find(survey)]
+    looking = [one for one in _checks() if one.gravest != "info" and not (many and one.costly)]
+    found = [finding for one in looking for finding in one.find(survey)]
     by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":

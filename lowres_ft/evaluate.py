@@ -135,16 +135,40 @@ def _smaller(adapted: Adapted, tokens: Tokens, part: np.ndarray, plan: Plan) -> 
     return most
 
 
+@dataclass(frozen=True)
+class _Sampled:
+    """Metrics of some rows, and of each of their resamples, which are the same for all evidence of as many rows."""
+
+    task: Task
+    evidence: np.ndarray
+    values: Mapping[str, float]
+    samples: list[dict[str, float]]
+
+    @classmethod
+    def of(cls, task: Task, evidence: np.ndarray) -> "_Sampled":
+        samples = [task.metrics(evidence[index]) for index in _resamples(len(evidence))]
+        return cls(task, evidence, task.metrics(evidence), samples)
+
+    def scores(self) -> Scores:
+        """Each metric with its interval."""
+        metrics = {
+            name: Value(value=value, count=len(self.evidence), **_interval([sample[name] for sample in self.samples]))
+            for name, value in self.values.items()
+        }
+        return Scores(metrics, self.task.details(self.evidence))
+
+    def gains(self, theirs: "_Sampled") -> tuple[Value, list[float]]:
+        """How much better this is than theirs on the task's first metric."""
+        name = self.task.metric
+        higher, lower = (self, theirs) if self.task.higher_is_better else (theirs, self)
+        samples = [one[name] - other[name] for one, other in zip(higher.samples, lower.samples, strict=True)]
+        value = higher.values[name] - lower.values[name]
+        return Value(value=value, count=len(self.evidence), **_interval(samples)), samples
+
+
 def score(task: Task, truth: Ragged, predicted: Ragged) -> Scores:
     """Metrics of outputs against targets, each with the 2.5 and 97.5 percentiles over resampled rows."""
-    evidence = task.evidence(truth, predicted)
-    values = task.metrics(evidence)
-    resampled = [task.metrics(evidence[index]) for index in _resamples(len(truth))]
-    metrics = {
-        name: Value(value=value, count=len(truth), **_interval([sample[name] for sample in resampled]))
-        for name, value in values.items()
-    }
-    return Scores(metrics, task.details(evidence))
+    return _Sampled.of(task, task.evidence(truth, predicted)).scores()
 
 
 def difference(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Value:
@@ -154,13 +178,7 @@ def difference(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Value
 
 def gains(task: Task, ours: np.ndarray, theirs: np.ndarray) -> tuple[Value, list[float]]:
     """How much better one evidence of some rows is than another, and the resamples that the interval is of."""
-
-    def gain(index: np.ndarray) -> float:
-        better, worse = (task.metrics(evidence[index])[task.metric] for evidence in (ours, theirs))
-        return better - worse if task.higher_is_better else worse - better
-
-    samples = [gain(index) for index in _resamples(len(ours))]
-    return Value(value=gain(np.arange(len(ours))), count=len(ours), **_interval(samples)), samples
+    return _Sampled.of(task, ours).gains(_Sampled.of(task, theirs))
 
 
 def metric(task: Task, truth: Ragged, predicted: Ragged) -> float:
@@ -193,11 +211,19 @@ class Baseline:
 
 def baseline(task: Task, truth: Ragged, ours: Ragged, theirs: Ragged) -> Baseline:
     """Score the outputs of a simple model, and compare ours with them."""
-    return Baseline(score(task, truth, theirs), difference(task, truth, ours, theirs))
+    return _beside(_Sampled.of(task, task.evidence(truth, ours)), task.evidence(truth, theirs))
+
+
+def _beside(ours: _Sampled, theirs: np.ndarray) -> Baseline:
+    other = _Sampled.of(ours.task, theirs)
+    return Baseline(other.scores(), ours.gains(other)[0])
 
 
 def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) -> dict[str, Baseline]:
     """Train the task's baselines on the same rows and compare."""
     assert test.rows is not None
     found = task.baselines(train.examples(task), test.rows.examples(task), seed)
-    return {name: baseline(task, test.truth, ours, theirs) for name, theirs in found.items()}
+    if not found:
+        return {}
+    own = _Sampled.of(task, task.evidence(test.truth, ours))
+    return {name: _beside(own, task.evidence(test.truth, theirs)) for name, theirs in found.items()}

@@ -2,13 +2,16 @@
 
 import io
 import os
+import shutil
 import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read as huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start: each core has a worker
 import lowres_ft  # noqa: F401, I001 (first, as it sets what PyTorch reads when it is imported)
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from lowres_ft import bases as base_module
 from lowres_ft import batches, behaviour, data, device, model, profiles, train
 from lowres_ft import plan as plans
 from lowres_ft.batches import Tokens
-from lowres_ft.bundle import Bundle
+from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.cli.main import main
 from lowres_ft.device import Machine
 from lowres_ft.model import Adapted
@@ -30,18 +33,35 @@ from lowres_ft.train import TrainState
 from tests import tiny, tiny_chat
 
 Command = Callable[..., tuple[int, str, str]]
+USERS_CACHE = os.environ.get("LOWRES_FT_CACHE")
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that tests and their fixtures do reaches the user's cache, but for tests of the starter assets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRES_FT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@contextmanager
+def users_cache() -> Iterator[None]:
+    """Within, starter assets are fetched as users do, and kept for the next time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOWRES_FT_CACHE")
+        if USERS_CACHE is not None:
+            patch.setenv("LOWRES_FT_CACHE", USERS_CACHE)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_cache(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-):
-    """Nothing that a test does reaches the user's cache, but for tests of the starter assets themselves."""
-    if "assets" not in request.keywords:
-        monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def assets_cache(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of the starter assets use the user's cache."""
+    with users_cache() if "assets" in request.keywords else nullcontext():
+        yield
 
 
 def _maker(factory: pytest.TempPathFactory, base: Callable[..., Path], usual: str) -> Callable[..., Path]:
@@ -129,12 +149,27 @@ def prepare(recipe: Recipe, work: Path, device_name: str = "cpu", **plan_changes
     return Prepared(resolved, adapted, tokens, plan, machine)
 
 
+@pytest.fixture(scope="session")
+def bundles(bases: Callable[..., Path], reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run a recipe on a tiny base, once for each; its bundle is for copies, not to be changed."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*wanted: str) -> Path:
+        if wanted not in made:
+            architecture, *overrides = wanted
+            out = tmp_path_factory.mktemp("bundles") / "bundle"
+            made[wanted] = run(recipe(bases(architecture), reviews, *overrides), out, device_name="cpu").folder
+        return made[wanted]
+
+    return make
+
+
 @pytest.fixture
-def trained(bases: Callable[..., Path], reviews: Path, tmp_path: Path) -> Callable[..., Bundle]:
-    """Run a recipe on a tiny base and return its bundle."""
+def trained(bundles: Callable[..., Path], tmp_path: Path) -> Callable[..., Bundle]:
+    """Make a bundle of a recipe on a tiny base, which is the test's own; equal recipes are trained once."""
 
     def train(architecture: str = "bert", *overrides: str, out: str = "bundle") -> Bundle:
-        return run(recipe(bases(architecture), reviews, *overrides), tmp_path / out, device_name="cpu")
+        return open_bundle(shutil.copytree(bundles(architecture, *overrides), tmp_path / out))
 
     return train
 

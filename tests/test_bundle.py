@@ -140,10 +140,10 @@ def test_a_bundle_without_probe_rows_still_verifies_files_and_base(trained: Trai
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o007])
-def test_files_obey_umask(trained: Trainer, mask: int):
+def test_files_obey_umask(bases: Bases, reviews: Path, tmp_path: Path, mask: int):
     before = os.umask(mask)
     try:
-        bundle = trained()
+        bundle = run(recipe(bases(), reviews), tmp_path / "bundle", device_name="cpu")
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in bundle.folder.iterdir()} == {0o666 & ~mask}

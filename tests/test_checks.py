@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowres_ft import checking, data
-from lowres_ft.checks import _survey
+from lowres_ft import checking, data, model
+from lowres_ft.checks import _survey, languages
 from lowres_ft.checks.base import Finding
 from lowres_ft.errors import DataError
 from lowres_ft.events import Note
@@ -229,6 +229,20 @@ def test_a_run_tells_in_a_line_each_what_deserves_a_look(bases: Bases, tmp_path:
     assert all("\n" not in text for text in told)
     report = json.loads((bundle.folder / "report.json").read_text())
     assert set(told) <= set(report["notes"])
+
+
+def test_a_run_leaves_out_checks_that_find_infos_alone(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Telling languages takes 100 MB, and a run would not tell what came of it."""
+    wanted = classification(bases(), tmp_path, planted.CLASSIFICATION["foreign_language"])
+    loaded: list[object] = []
+    real = languages._identifier
+    monkeypatch.setattr(languages, "_identifier", lambda: loaded.append(real()) or loaded[-1])
+    (tmp_path / "work").mkdir()
+    rows = data.load(wanted, tmp_path / "work")
+    assert not list(checking.brief(rows, model.load_tokenizer(bases())))
+    assert not loaded
+    assert named(checking.check(wanted).findings, "foreign_language").severity == "info"
+    assert len(loaded) == 1  # for all splits
 
 
 def test_the_command_prints_findings_or_json(bases: Bases, tmp_path: Path, lowres):

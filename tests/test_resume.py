@@ -46,9 +46,15 @@ def interrupted(wanted: Recipe, out: Path, step: int) -> None:
         run(wanted, out, device_name="cpu", listen=stop_at(step))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def wanted(bases: Bases, reviews: Path) -> Recipe:
     return recipe(bases(), reviews, *LONG, *STOPPING)
+
+
+@pytest.fixture(scope="module")
+def straight(wanted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a run that was not interrupted."""
+    return run(wanted, tmp_path_factory.mktemp("straight") / "bundle", device_name="cpu").folder
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "head", "full"])
@@ -75,7 +81,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(bases: Bases, reviews: Path, tmp_p
 
 
 @pytest.mark.parametrize("stage", ["scoring", "loading what was written"])
-def test_what_was_trained_is_not_trained_again(wanted: Recipe, tmp_path: Path, stage: str):
+def test_what_was_trained_is_not_trained_again(wanted: Recipe, straight: Path, tmp_path: Path, stage: str):
     def listen(event: Event) -> None:
         if isinstance(event, Stage) and event.text.startswith(stage):
             raise Killed
@@ -85,7 +91,7 @@ def test_what_was_trained_is_not_trained_again(wanted: Recipe, tmp_path: Path, s
     seen: list[Event] = []
     resumed = run(wanted, tmp_path / "out", device_name="cpu", listen=seen.append, resume=True)
     assert not [event for event in seen if isinstance(event, Trained)]
-    assert adapter(resumed.folder) == adapter(run(wanted, tmp_path / "straight", device_name="cpu").folder)
+    assert adapter(resumed.folder) == adapter(straight)
 
 
 def test_an_unfinished_run_is_left_alone_unless_told(wanted: Recipe, tmp_path: Path):
@@ -101,22 +107,17 @@ def test_an_unfinished_run_is_left_alone_unless_told(wanted: Recipe, tmp_path: P
     assert next(event.step.number for event in seen if isinstance(event, Trained)) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("train.learning_rate=0.02", "train.learning_rate: was 0.01, is 0.02"),
-        ("train.seed=8", "train.seed: was 7, is 8"),
-        ("train.batch_size=4", "train.batch_size: was 8, is 4"),
-        ("method.rank=8", "method.rank: was 4, is 8"),
-    ],
-)
-def test_another_experiment_is_refused_with_what_differs(
-    bases: Bases, reviews: Path, wanted: Recipe, tmp_path: Path, change: str, told: str
-):
+def test_another_experiment_is_refused_with_what_differs(bases: Bases, reviews: Path, wanted: Recipe, tmp_path: Path):
     interrupted(wanted, tmp_path / "out", 5)
-    with pytest.raises(OutputError, match="holds a run of another experiment") as caught:
-        run(recipe(bases(), reviews, *LONG, *STOPPING, change), tmp_path / "out", device_name="cpu", resume=True)
-    assert caught.value.message.splitlines()[1:] == [f"  {told}"]
+    for change, told in {
+        "train.learning_rate=0.02": "train.learning_rate: was 0.01, is 0.02",
+        "train.seed=8": "train.seed: was 7, is 8",
+        "train.batch_size=4": "train.batch_size: was 8, is 4",
+        "method.rank=8": "method.rank: was 4, is 8",
+    }.items():
+        with pytest.raises(OutputError, match="holds a run of another experiment") as caught:
+            run(recipe(bases(), reviews, *LONG, *STOPPING, change), tmp_path / "out", device_name="cpu", resume=True)
+        assert caught.value.message.splitlines()[1:] == [f"  {told}"]
     assert run(wanted, tmp_path / "out", device_name="cpu", resume=True).folder.is_dir()
 
 
@@ -152,8 +153,7 @@ def test_other_versions_are_told(wanted: Recipe, tmp_path: Path):
     assert any("torch: was" in event.text and "not to the byte" in event.text for event in seen if type(event) is Note)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(wanted: Recipe, tmp_path: Path):
-    straight = run(wanted, tmp_path / "straight", device_name="cpu")
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(wanted: Recipe, straight: Path, tmp_path: Path):
     interrupted(wanted, tmp_path / "out", 7)
     last, before = sorted((tmp_path / "out.run" / "checkpoints").iterdir(), reverse=True)
     content = bytearray((last / "tensors.safetensors").read_bytes())
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(wanted: Recipe, tmp_pa
     seen: list[Event] = []
     resumed = run(wanted, tmp_path / "out", device_name="cpu", listen=seen.append, resume=True)
     assert Note(damaged[0]) in seen
-    assert adapter(resumed.folder) == adapter(straight.folder)
+    assert adapter(resumed.folder) == adapter(straight)
 
 
 def test_a_resume_without_a_checkpoint_begins_and_says_so(wanted: Recipe, tmp_path: Path):
@@ -256,7 +256,7 @@ def test_on_a_terminal_it_is_asked(wanted: Recipe, tmp_path: Path, answer: str, 
     command = [sys.executable, "-m", "lowres_ft", "recipe", str(tmp_path / "wanted.yaml"), "--device", "cpu"]
     ours, theirs = pty.openpty()
     os.write(ours, f"{answer}\n".encode())
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = os.environ | {"COLUMNS": "200"}
     with subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
         stdin=theirs,
@@ -279,19 +279,16 @@ def test_on_a_terminal_it_is_asked(wanted: Recipe, tmp_path: Path, answer: str, 
     assert f"bundle {tmp_path / 'out'}" in printed
 
 
-def test_two_processes_go_on_together(wanted: Recipe, tmp_path: Path):
+def test_two_processes_go_on_together(wanted: Recipe, straight: Path, tmp_path: Path):
     """One process began, two go on: the plan changes, the experiment does not."""
-    straight = run(wanted, tmp_path / "straight", device_name="cpu")
     interrupted(wanted, tmp_path / "out", 5)
     (tmp_path / "wanted.yaml").write_text(wanted.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lowres_ft"]
     command += ["recipe", str(tmp_path / "wanted.yaml"), "--out", str(tmp_path / "out"), "--resume", "--device", "cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: was 1, is 2" in done.stderr
     from lowres_ft.border import read_adapter
 
-    ours, theirs = (read_adapter(place / "adapter_model.safetensors") for place in (straight.folder, tmp_path / "out"))
+    ours, theirs = (read_adapter(place / "adapter_model.safetensors") for place in (straight, tmp_path / "out"))
     assert all((tensor - theirs[name]).abs().max() < 1e-3 for name, tensor in ours.items())

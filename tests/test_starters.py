@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowres_ft import bases, device
+from lowres_ft import bases, contrast, device
 from lowres_ft.assets import STARTERS, fetch
 from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.files import sha256
@@ -20,6 +20,7 @@ from lowres_ft.pipeline import run
 from lowres_ft.prediction import Predictor
 from lowres_ft.readers import rows
 from lowres_ft.recipe import ModelSpec, load_recipe, shipped
+from tests.conftest import users_cache
 
 pytestmark = pytest.mark.assets
 SMOLLM_WEIGHTS = "9e7a06a51fdacdc59d5796a7cab5060d1df61ce32003f4115eb261ae330a7381"
@@ -43,12 +44,14 @@ with torch.inference_mode():
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """`sentiment-lora`, cut short."""
     wanted = load_recipe("sentiment-lora", ["train.steps=60"])
-    return run(wanted, tmp_path_factory.mktemp("starters") / "sentiment", device_name="cpu")
+    with users_cache():
+        return run(wanted, tmp_path_factory.mktemp("starters") / "sentiment", device_name="cpu")
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return [row["text"] for _, row in itertools.islice(rows("starter:rotten-tomatoes"), 200)]
+    with users_cache():
+        return [row["text"] for _, row in itertools.islice(rows("starter:rotten-tomatoes"), 200)]
 
 
 @pytest.mark.parametrize("name", STARTERS)
@@ -172,11 +175,14 @@ def test_it_merges_and_verifies(bundle: Bundle, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_every_shipped_recipe_runs_for_two_steps(name: str, tmp_path: Path):
-    # Few rows, but of every class; one sample, as writing takes long; short texts, as those of test are many.
+def test_every_shipped_recipe_runs_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Few rows, also of unrelated text, but of every class; one short sample, as writing takes long; short texts, as
+    # those of test are many.
+    monkeypatch.setattr(contrast, "_CONTROL_ROWS", 8)
     more = {"topics-lora-int8": ["data.limit=2500", "task.max_length=32"], "entities-lora": ["data.limit=1200"]}
     held = ["data.validation=0.01", "data.test=0.01"]
-    more |= {chat: ["data.limit=64", "task.samples=1", *held] for chat in ("chat-lora-int8", "chat-qlora")}
+    short = ["data.limit=64", "task.samples=1", "task.max_new_tokens=8", "train.batch_size=4", *held]
+    more |= dict.fromkeys(("chat-lora-int8", "chat-qlora"), short)
     few = more.get(name, ["data.limit=64"])
     wanted = load_recipe(name, ["train.steps=2", "train.batch_size=8", *few])
     found = run(wanted, tmp_path / "bundle", device_name="cpu")

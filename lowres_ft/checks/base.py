@@ -42,6 +42,8 @@ class Check(Spec):
     """Name of the check's file."""
     costly: ClassVar[bool] = False
     """True where it takes seconds, so that a run looks at few rows only."""
+    gravest: ClassVar[Severity] = "error"
+    """The gravest that a finding of it may be. A run tells no infos, and leaves out what finds nothing graver."""
 
     def find(self, survey: "Survey") -> Iterator[Finding]:
         """What is worth telling of the rows, if there is anything."""

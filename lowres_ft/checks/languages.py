@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
@@ -14,6 +14,9 @@ from pydantic import Field
 from lowres_ft.checks._survey import Part, Survey, shown, texts
 from lowres_ft.checks.base import Check, Finding
 from lowres_ft.files import writing
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
 
 _TOGETHER = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "HALFWIDTH": "CJK", "BOPOMOFO": "CJK"}
 """Scripts that are written together; HALFWIDTH stands before the names of narrow kana."""
@@ -35,9 +38,10 @@ class Languages(Check):
     """Letters of a text whose language can be told."""
     sure: float = Field(default=0.999, gt=0, lt=1)
     """Probability, as langid tells it, from which another language is believed."""
-    costly = True
+    gravest = "info"
 
     def find(self, survey: Survey) -> Iterator[Finding]:
+        identifier = None
         for part in survey.parts.values():
             positions = part.sample(survey.most or self.sample)
             said = [" ".join(texts(example))[:_CHARACTERS] for example in part.examples(positions)]
@@ -45,7 +49,8 @@ class Languages(Check):
             usual, strange = self._strangers(scripts)
             if strange:
                 yield self._told(part, positions, said, strange, "script", usual)
-            tongues = self._languages(said, scripts, usual)
+            identifier = identifier or _identifier()
+            tongues = self._languages(identifier, said, scripts, usual)
             usual, strange = self._strangers(tongues)
             if strange:
                 yield self._told(part, positions, said, strange, "language", usual)
@@ -60,12 +65,10 @@ class Languages(Check):
             return usual, {}
         return usual, {row: one for row, one in enumerate(found) if one not in (None, usual)}
 
-    def _languages(self, said: list[str], scripts: list[str | None], usual: str) -> list[str | None]:
+    def _languages(
+        self, identifier: "LanguageIdentifier", said: list[str], scripts: list[str | None], usual: str
+    ) -> list[str | None]:
         """The language of each text of the usual script that is long enough, where it is sure."""
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-        with writing(Path(tempfile.gettempdir()), hint="Make room there, or name another folder in TMPDIR."):
-            identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # unpacks itself
         found: list[str | None] = []
         for text, script in zip(said, scripts, strict=True):
             if script != usual or sum(map(str.isalpha, text)) < self.letters:
@@ -82,7 +85,15 @@ class Languages(Check):
         rows = list(strange)
         message = f"texts are of another {what} than the others, which are {usual}: {counts}; {shown(said[rows[0]])}"
         hint = "So few teach nothing of it, and the base may not know it: remove them, or add many more."
-        return part.finding(f"foreign_{what}", "info", positions[rows], message, hint, of=len(positions))
+        return part.finding(f"foreign_{what}", self.gravest, positions[rows], message, hint, of=len(positions))
+
+
+def _identifier() -> "LanguageIdentifier":
+    """What tells languages: 100 MB, unpacked in half a second."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    with writing(Path(tempfile.gettempdir()), hint="Make room there, or name another folder in TMPDIR."):
+        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _script(text: str) -> str | None:
