@@ -204,15 +204,18 @@ def spans(heard: list[tuple[float, str]]) -> dict[str, list[float]]:
     return found
 
 
-def kill(child: Child, letter: str, occurrence: int, delay: float) -> str | None:
-    """Kill a child in an occurrence of a phase; return the phase that it was in, None where it ended before."""
+def kill(child: Child, letter: str | None, occurrence: int, delay: float) -> str | None:
+    """Kill a child in an occurrence of a phase, or of any sign of life; return the phase that it was in.
+
+    None where it ended before.
+    """
     due = None
     while due is None or time.monotonic() < due:
         if not child.listen(60 if due is None else due - time.monotonic()):
             if code := child.end():
                 raise ChildProcessError(f"a run that nobody killed ended with {code}")
             return None
-        begins = [when for when, told in child.heard if told == letter]
+        begins = [when for when, told in child.heard if letter in (told, None)]
         if due is None and len(begins) > occurrence:
             due = begins[occurrence] + delay
     os.kill(child.pid, signal.SIGKILL)
@@ -227,6 +230,8 @@ class Straight:
     recipe: Recipe
     adapter: bytes
     spans: dict[str, list[float]]
+    signs: int
+    """How often it told a phase."""
     seconds: float
     pause: float
 
@@ -244,12 +249,19 @@ class Trial:
         straight = self.straight
         return fork(lambda tell: running(straight.recipe, self.out, tell, straight.pause), self.room / "log")
 
+    def moment(self, letter: str | None) -> tuple[int, float]:
+        """An occurrence of a phase and a time in it; else a sign of life, which are the denser the busier a run is."""
+        if letter is None:
+            most = self.straight.signs if not self.killed else self.straight.signs // 3
+            return self.drawn.randrange(most), self.drawn.random() * self.straight.pause
+        times = self.straight.spans[letter]
+        occurrence = self.drawn.randrange(len(times)) if not self.killed else 0
+        return occurrence, self.drawn.random() * times[occurrence]
+
     def kill_in(self, letter: str | None) -> bool:
         """Kill the run in a phase, or at any moment, drawing which; False where it was done before."""
-        times = [self.straight.seconds] if letter is None else self.straight.spans[letter]
-        occurrence = self.drawn.randrange(len(times)) if not self.killed else 0
         try:
-            phase = kill(self.start(), letter or "L", occurrence, self.drawn.random() * times[occurrence])
+            phase = kill(self.start(), letter, *self.moment(letter))
         except ChildProcessError as error:
             raise SystemExit(f"{error}:\n{(self.room / 'log').read_text()[-2000:]}") from None
         if phase:
@@ -298,7 +310,8 @@ def undisturbed(task: str, room: Path, rhythm: Rhythm) -> Straight:
     seconds = time.monotonic() - began
     found = spans(child.heard)
     print(f"{task}: {seconds:.0f} seconds undisturbed, saved {len(found['S'])} times", file=sys.stderr, flush=True)
-    return Straight(recipe, (out / "adapter_model.safetensors").read_bytes(), found, seconds, rhythm.pause)
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    return Straight(recipe, adapter, found, len(child.heard), seconds, rhythm.pause)
 
 
 def main(arguments: list[str] | None = None) -> int:
