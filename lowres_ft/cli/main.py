@@ -53,7 +53,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app(prog_name="lowres-ft")
+        _command_line()
     except LowresError as error:
         _complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
         _complain(*getattr(error, "__notes__", ()))
@@ -61,6 +61,14 @@ def _run() -> None:
     except Stopped as stopped:
         _complain("interrupted", *getattr(stopped, "__notes__", ()))
         sys.exit(stopped.code)
+
+
+def _command_line() -> None:
+    try:
+        app(prog_name="lowres-ft")
+    except SystemExit:
+        terminal.finish()
+        raise
 
 
 def _complain(*lines: str) -> None:
