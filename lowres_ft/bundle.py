@@ -3,13 +3,13 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, ValidationError
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
 from lowres_ft import bases, behaviour, folders, foreign, model, profiles, recipe
+from lowres_ft import passport as passports
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
 from lowres_ft.bases import Base
@@ -18,16 +18,14 @@ from lowres_ft.device import Dtype, Machine, versions
 from lowres_ft.errors import BundleError, LowresError, ModelError
 from lowres_ft.files import sha256, write_bytes, write_json, writing
 from lowres_ft.model import Adapted
+from lowres_ft.passport import PASSPORT, BaseRecord, FileRecord, Passport
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
 from lowres_ft.recipe import Recipe
-from lowres_ft.spec import Spec
 
-PASSPORT = "lowres.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PROBE = "probe.safetensors"
-_LARGEST = 64 << 20  # bytes of a passport, which holds scores of each of 1,000 classes
 _LOADED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pkl", "*.model", "*.jinja", "additional_chat_templates"),
     *("*config.json", "*.index.json", "token*.json", "special*.json", "added*.json", "vocab.*", "merges.txt"),
@@ -35,49 +33,6 @@ _LOADED = (
 """Files that transformers or PEFT would read, by name."""
 _TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
 _RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
-
-
-class FileRecord(Spec):
-    """What a file of a bundle must be."""
-
-    sha256: str
-    size: int
-
-
-class BaseRecord(Spec):
-    """The base that a bundle belongs to."""
-
-    source: str
-    """As the recipe named it."""
-    name: str
-    """As other programs can load it."""
-    revision: str | None
-    config_sha256: str
-    weights_sha256: str
-    tokenizer_sha256: str
-
-
-class Passport(Spec):
-    """`lowres.json`: what a bundle says of itself."""
-
-    format: Literal[1] = 1
-    base: BaseRecord
-    task: str
-    labels: tuple[str, ...]
-    method: str
-    quantize: str
-    dtype: Dtype
-    """What computed in training; evaluation and prediction compute in it too."""
-    plan: Plan
-    scores: dict[str, Any]
-    data: dict[str, str]
-    """A hash of each split's rows."""
-    versions: dict[str, str]
-    machine: str
-    host: str
-    """Hash of the host that wrote the bundle, where its logits repeat to the bit."""
-    files: dict[str, FileRecord] = Field(default={})
-    """Every other file of the bundle."""
 
 
 @dataclass(frozen=True)
@@ -225,14 +180,7 @@ def open_bundle(folder: str | Path) -> Bundle:
         found = "is a file" if packed else f"holds no {PASSPORT}" if os.path.exists(folder) else "is not there"
         hint = "A bundle is a folder: unpack it first." if packed else "`lowres-ft recipe NAME` makes one."
         raise BundleError(f"{folder} {found}, so it is no bundle", hint=hint)
-    try:
-        passport = Passport.model_validate_json(foreign.read_bytes(folder / PASSPORT, _LARGEST, BundleError))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(
-            f"{folder / PASSPORT}: {where}: {first['msg']}", hint="It is damaged, or of a newer format."
-        ) from error
+    passport = passports.read(folder / PASSPORT)
     for name, record in passport.files.items():
         path = foreign.require_inside(folder, name, BundleError)
         if not path.is_file():
@@ -243,6 +191,7 @@ def open_bundle(folder: str | Path) -> Bundle:
     loaded = recipe.load_recipe(folder / "recipe.yaml")
     bundle = Bundle(folder, passport, loaded)
     _agree(bundle)
+    passports.require_whole(folder / PASSPORT)  # last: what is wrong is told by its name where it has one
     return bundle
 
 
@@ -306,9 +255,7 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
         reference, _ = bundle.load(machine, dtype="float32")
         write_bytes(bundle.folder / PROBE, bytes_from(probed.tensors() | {"logits": probed.logits(reference)}))
     files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
-    passport = bundle.passport.model_copy(update={"files": files})
-    write_json(bundle.folder / PASSPORT, passport.model_dump(mode="json"))
-    return replace(bundle, passport=passport)
+    return replace(bundle, passport=passports.write(bundle.folder / PASSPORT, bundle.passport, files))
 
 
 def adapter_bytes(folder: Path) -> int:

@@ -7,9 +7,10 @@ brings PyTorch's compiler into memory whether one of them is called or not.
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any
@@ -47,6 +48,27 @@ def quiet_hub() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             utils.enable_progress_bars()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep what compiled code writes past Python off the terminal: panics, and names in files, which may act there."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+            stream.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept: list[tuple[int, int]] = []
+    try:
+        for number in (1, 2):
+            with suppress(OSError):
+                kept.append((number, os.dup(number)))
+                os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, real in kept:
+            os.dup2(real, number)
+            os.close(real)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lowres_ft import (
     attention,
     behaviour,
     embedding,
+    libraries,
     mapped,
     profiles,
     quantize,
@@ -203,9 +204,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
     require_no_code(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        for pair in ((), ([_ANY_TEXT],)):  # a broken one may load, and fail at its first text
-            tokenizer([_ANY_TEXT], *pair)
+        with libraries.silent():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            for pair in ((), ([_ANY_TEXT],)):  # a broken one may load, and fail at its first text
+                tokenizer([_ANY_TEXT], *pair)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
             raise

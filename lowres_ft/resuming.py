@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,15 @@ def finished(out: Path, recipe: Recipe) -> bool:
         return False
 
 
+def folder_of(out: Path) -> Path:
+    """Where a run keeps what will become the bundle at `out`; `.` and `..` are called as the folders themselves."""
+    named = Path(os.path.abspath(out)) if out.name in ("", "..") else out
+    return named.parent / f"{named.name}.run"
+
+
 def look(out: Path, recipe: Recipe) -> Unfinished | None:
     """The interrupted run that would become the bundle at `out`."""
-    folder = out.with_name(f"{out.name}.run")
+    folder = folder_of(out)
     found, _ = checkpoint.newest(folder / CHECKPOINTS)
     if found is None or out.exists():
         return None

@@ -139,13 +139,9 @@ def _places(name: str) -> list[Path]:
 
 
 def _is_locked(out: Path) -> bool:
-    with suppress(OSError, Timeout), FileLock(_folder_of(out) / "lock", timeout=0):
+    with suppress(OSError, Timeout), FileLock(resuming.folder_of(out) / "lock", timeout=0):
         return False
     return True
-
-
-def _folder_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.run")
 
 
 class _TakenError(OutputError):
@@ -178,7 +174,7 @@ def _claim(out: Path, wish: Wish | None) -> tuple[Place, FileLock]:
     done = wish is not None and bool(wish.resume) and resuming.finished(out, wish.recipe)
     if not done:
         _require_free(out)
-    folder = _folder_of(out)
+    folder = resuming.folder_of(out)
     with files.writing(folder):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,11 @@ from lowres_ft.stopping import Stopped
 from lowres_ft.train import Step, TrainState
 
 _BESIDE = 256 * 2**20  # bytes that are copied, to be written while training goes on
-_SHARE = 120  # times as long as a save takes, training goes on before the next: less than 1 %
+SHARE = 120
+"""Times as long as a save takes, training goes on before the next: less than 1 %."""
+PAUSE = 60.0
+"""Seconds between two saves, at the least."""
 _SPEED = 200e6  # bytes a second, until one was measured
-_MINUTE = 60.0
 _SLACK = 64 * 2**20  # bytes of tokenizer, report and page
 
 
@@ -82,10 +84,10 @@ class Keeper:
 
     @contextmanager
     def watching(self, state: TrainState, record: Record, plan: Plan) -> Iterator[None]:
-        """Save the last whole step where a signal stops what is inside, and the last of all at its end."""
+        """Save the last whole step where a signal stops what is inside; at its end, if that is worth it."""
         try:
             yield
-            if self.every != "none":
+            if self._last_too():
                 self._save(state, record, plan, beside=False)
         except Stopped:
             self._save(state, record, plan, beside=False)
@@ -108,8 +110,13 @@ class Keeper:
             return step % self.every == 0
         if self.every == "none" or (self.thread is not None and self.thread.is_alive()):
             return False
-        pause = max(_MINUTE, _SHARE * self.cost) if self.every == "auto" else parse_seconds(self.every)
+        pause = max(PAUSE, SHARE * self.cost) if self.every == "auto" else parse_seconds(self.every)
         return time.monotonic() - self.began >= pause
+
+    def _last_too(self) -> bool:
+        """Whether the end of training is saved, for what comes after it: `auto` leaves out what would cost too much."""
+        self._wait()
+        return self.every != "none" and (self.every != "auto" or time.monotonic() - self.began >= SHARE * self.cost)
 
     def _save(self, state: TrainState, record: Record, plan: Plan, *, beside: bool) -> None:
         if self.folder is None or not state.step:

@@ -4,6 +4,10 @@ A parent that has imported the libraries, and computed nothing, forks each run. 
 in: loading, a step, saving, evaluating or bundling; the moment of a kill is drawn uniformly within a phase. Each fourth
 run is killed twice, and one in ten is the real command line, killed at any moment. Afterwards the adapter must have the
 bytes of an undisturbed run, and nothing may be left beside the bundle.
+
+So that every phase is hit, runs save every third step. With `--rhythm auto` they save as they do by default, once a
+minute. A pause in each step makes them long enough for that; two of three are killed at any moment of their life, the
+third while it saves.
 """
 
 import argparse
@@ -35,22 +39,46 @@ from tests import test_ner_runs, tiny, tiny_chat
 from tests.conftest import recipe
 
 TASKS = ("classification", "ner", "chat")
+COMMAND = "any (command line)"
 PHASES = {"L": "loading", "T": "a step", "S": "saving", "E": "evaluating", "B": "bundling"}
 _DEEPEST = "SETBL"
-_COMMON = (
-    *("train.steps=null", "train.epochs=3", "train.evaluate_every=4", "train.early_stopping.patience=3"),
-    *("train.checkpoint_every=3", "method.dropout=0.1", "train.seed=11"),
-)
+_COMMON = ("method.dropout=0.1", "train.seed=11")
 
 
-def wanted(task: str, room: Path) -> Recipe:
+@dataclass(frozen=True)
+class Rhythm:
+    """How often runs save, and how long they are."""
+
+    changes: tuple[str, ...]
+    pause: float = 0.0
+    """Seconds that each step sleeps."""
+
+
+RHYTHMS = {
+    "steps": Rhythm(
+        (
+            *("train.steps=null", "train.epochs=3", "train.evaluate_every=4", "train.early_stopping.patience=3"),
+            "train.checkpoint_every=3",
+        )
+    ),
+    "auto": Rhythm(
+        (
+            *("train.steps=450", "train.evaluate_every=50", "train.early_stopping.patience=7"),
+            "train.checkpoint_every=auto",
+        ),
+        pause=0.18,
+    ),
+}
+
+
+def wanted(task: str, room: Path, rhythm: Rhythm) -> Recipe:
     """The recipe of a task; dropout is on, there are several epochs, and training may stop early."""
-    base, rows = room / f"{task}-base", room / f"{task}-rows"
+    base, rows, changes = room / f"{task}-base", room / f"{task}-rows", (*_COMMON, *rhythm.changes)
     if task == "chat":
-        return tiny_chat.recipe(base, rows.with_suffix(".jsonl"), *_COMMON)
+        return tiny_chat.recipe(base, rows.with_suffix(".jsonl"), *changes)
     if task == "ner":
-        return test_ner_runs.recipe(base, rows.with_suffix(".conll"), *_COMMON, "data.limit=60", "task.max_length=16")
-    return recipe(base, rows.with_suffix(".csv"), *_COMMON)
+        return test_ner_runs.recipe(base, rows.with_suffix(".conll"), *changes, "data.limit=60", "task.max_length=16")
+    return recipe(base, rows.with_suffix(".csv"), *changes)
 
 
 def build(task: str, room: Path) -> None:
@@ -121,8 +149,8 @@ def fork(work: Callable[[Callable[[str], None]], None], log: Path) -> Child:
         os._exit(code)
 
 
-def running(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> None:
-    """Run a recipe, telling phases."""
+def running(recipe: Recipe, out: Path, tell: Callable[[str], None], pause: float) -> None:
+    """Run a recipe, telling phases; each step sleeps `pause` seconds once it is computed."""
 
     @contextmanager
     def phase(letter: str) -> Iterator[None]:
@@ -148,6 +176,15 @@ def running(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> None:
     wrap(checkpoint, "save", "S")
     wrap(fitting, "_evaluate", "E")
     wrap(train, "_gradients", "T")
+    if pause:
+        update = train._update
+
+        def paused(*arguments: Any, **options: Any) -> Any:
+            norm = update(*arguments, **options)
+            time.sleep(pause)
+            return norm
+
+        train._update = paused
     wrap(train, "_update", "T")
     tell("L")
     run(recipe, out, device_name="cpu", listen=listen, resume=True)
@@ -167,15 +204,18 @@ def spans(heard: list[tuple[float, str]]) -> dict[str, list[float]]:
     return found
 
 
-def kill(child: Child, letter: str, occurrence: int, delay: float) -> str | None:
-    """Kill a child in an occurrence of a phase; return the phase that it was in, None where it ended before."""
+def kill(child: Child, letter: str | None, occurrence: int, delay: float) -> str | None:
+    """Kill a child in an occurrence of a phase, or of any sign of life; return the phase that it was in.
+
+    None where it ended before.
+    """
     due = None
     while due is None or time.monotonic() < due:
         if not child.listen(60 if due is None else due - time.monotonic()):
             if code := child.end():
                 raise ChildProcessError(f"a run that nobody killed ended with {code}")
             return None
-        begins = [when for when, told in child.heard if told == letter]
+        begins = [when for when, told in child.heard if letter in (told, None)]
         if due is None and len(begins) > occurrence:
             due = begins[occurrence] + delay
     os.kill(child.pid, signal.SIGKILL)
@@ -190,7 +230,10 @@ class Straight:
     recipe: Recipe
     adapter: bytes
     spans: dict[str, list[float]]
+    signs: int
+    """How often it told a phase."""
     seconds: float
+    pause: float
 
 
 class Trial:
@@ -203,14 +246,22 @@ class Trial:
         self.wrong: list[str] = []
 
     def start(self) -> Child:
-        return fork(lambda tell: running(self.straight.recipe, self.out, tell), self.room / "log")
+        straight = self.straight
+        return fork(lambda tell: running(straight.recipe, self.out, tell, straight.pause), self.room / "log")
 
-    def kill_in(self, letter: str) -> bool:
-        """Kill the run in a phase, drawing the moment; False where it was done before."""
+    def moment(self, letter: str | None) -> tuple[int, float]:
+        """An occurrence of a phase and a time in it; else a sign of life, which are the denser the busier a run is."""
+        if letter is None:
+            most = self.straight.signs if not self.killed else self.straight.signs // 3
+            return self.drawn.randrange(most), self.drawn.random() * self.straight.pause
         times = self.straight.spans[letter]
         occurrence = self.drawn.randrange(len(times)) if not self.killed else 0
+        return occurrence, self.drawn.random() * times[occurrence]
+
+    def kill_in(self, letter: str | None) -> bool:
+        """Kill the run in a phase, or at any moment, drawing which; False where it was done before."""
         try:
-            phase = kill(self.start(), letter, occurrence, self.drawn.random() * times[occurrence])
+            phase = kill(self.start(), letter, *self.moment(letter))
         except ChildProcessError as error:
             raise SystemExit(f"{error}:\n{(self.room / 'log').read_text()[-2000:]}") from None
         if phase:
@@ -226,7 +277,7 @@ class Trial:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
             time.sleep(self.drawn.uniform(0.3, 1.2) * (self.straight.seconds + 5))
             process.kill()
-        self.killed.append("any (command line)")
+        self.killed.append(COMMAND)
         self.look()
 
     def look(self) -> None:
@@ -247,23 +298,27 @@ class Trial:
         self.wrong += [f"left behind: {name}" for name in sorted(left)]
 
 
-def undisturbed(task: str, room: Path) -> Straight:
+def undisturbed(task: str, room: Path, rhythm: Rhythm) -> Straight:
     """Build what a task needs, and run it once."""
     if fork(lambda _: build(task, room), room / "log").end():
         raise SystemExit((room / "log").read_text())
-    recipe, out = wanted(task, room), room / f"{task}-straight"
+    recipe, out = wanted(task, room, rhythm), room / f"{task}-straight"
     began = time.monotonic()
-    child = fork(lambda tell: running(recipe, out, tell), room / "log")
+    child = fork(lambda tell: running(recipe, out, tell, rhythm.pause), room / "log")
     if child.end():
         raise SystemExit((room / "log").read_text())
     seconds = time.monotonic() - began
-    return Straight(recipe, (out / "adapter_model.safetensors").read_bytes(), spans(child.heard), seconds)
+    found = spans(child.heard)
+    print(f"{task}: {seconds:.0f} seconds undisturbed, saved {len(found['S'])} times", file=sys.stderr, flush=True)
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    return Straight(recipe, adapter, found, len(child.heard), seconds, rhythm.pause)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--rhythm", choices=RHYTHMS, default="steps")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     drawn = random.Random(given.seed)
@@ -274,21 +329,21 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="kill-") as name:
         room = Path(name)
         os.environ["LOWRES_FT_CACHE"] = str(room / "cache")
-        straight = {task: undisturbed(task, room) for task in tasks}
+        straight = {task: undisturbed(task, room, RHYTHMS[given.rhythm]) for task in tasks}
         for number in range(given.runs):
             task = tasks[number % len(tasks)]
             place = room / f"run-{number}"
             place.mkdir()
             trial = Trial(straight[task], place, drawn)
-            if number % 10 == 9:
+            first, again = chosen(number, number // len(tasks), given.rhythm, counts, drawn)
+            if first == COMMAND:
                 trial.kill_command()
             else:
-                rarest = min(PHASES, key=lambda letter: sum(counts[PHASES[letter], one] for one in tasks))
-                while not trial.kill_in(rarest):
+                while not trial.kill_in(first):
                     shutil.rmtree(place)
                     place.mkdir()
                 if number % 4 == 3:
-                    twice += trial.kill_in(drawn.choice(list(PHASES)))
+                    twice += trial.kill_in(again)
             trial.finish()
             counts.update((phase, task) for phase in trial.killed)
             wrong += [f"run {number} ({task}, killed in {', '.join(trial.killed)}): {one}" for one in trial.wrong]
@@ -302,9 +357,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
+def chosen(
+    number: int, of_task: int, rhythm: str, counts: collections.Counter[tuple[str, str]], drawn: random.Random
+) -> tuple[str | None, str | None]:
+    """Where a run is killed, and where again if it is: a phase's letter, None for any moment, or COMMAND."""
+    if rhythm == "auto":
+        return ("S" if of_task % 3 == 2 else None), None
+    if number % 10 == 9:
+        return COMMAND, None
+    rarest = min(PHASES, key=lambda letter: sum(counts[PHASES[letter], one] for one in TASKS))
+    return rarest, drawn.choice(list(PHASES)) if number % 4 == 3 else None
+
+
 def table(counts: collections.Counter[tuple[str, str]], tasks: tuple[str, ...]) -> str:
     """Kills by phase and task."""
-    phases = [*PHASES.values(), "any (command line)"]
+    phases = [*PHASES.values(), COMMAND]
     lines = [f"{'killed in':<20}" + "".join(f"{task:>16}" for task in tasks) + f"{'all':>8}"]
     for phase in phases:
         found = [counts[phase, task] for task in tasks]

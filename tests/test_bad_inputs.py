@@ -143,6 +143,7 @@ def sealed(*damages: Damage, forget: tuple[str, ...] = ()) -> Damage:
         both(*damages)(folder)
         path = folder / "bundle" / "lowres.json"
         passport = json.loads(path.read_bytes())
+        passport.pop("digest")
         for name in [*passport["files"]]:
             file = folder / "bundle" / name
             if name in forget:
@@ -171,6 +172,7 @@ def files_table(name: str, record: object) -> Damage:
     def change(folder: Path) -> None:
         path = folder / "bundle" / "lowres.json"
         passport = json.loads(path.read_bytes())
+        passport.pop("digest")
         passport["files"][name] = record
         path.write_text(json.dumps(passport))
 
@@ -211,6 +213,12 @@ def table(*rows: dict) -> bytes:
 INDEX = "base/model.safetensors.index.json"
 RECORD = {"sha256": "0" * 64, "size": 1}
 PICKLE = pickle.dumps(Canary())
+UNKNOWN_TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
 HEADLESS = sealed(tensors("bundle/adapter_model.safetensors", without_head))
 
 DATA = [
@@ -287,6 +295,7 @@ RECIPE = [
     Bad("escapes in a key", SHOW, "\\u001b[2J", HEAD + '"\\e[2J": 1\n', "bad.yaml"),
     Bad("name that leaves the folder", SHOW, "name: must begin with", HEAD.replace("bad", "../bad", 1), "bad.yaml"),
     Bad("rank below one", "show sentiment-lora method.rank=-1", "method.rank: must be at least 1, found -1"),
+    Bad("scale that overflows", "show sentiment-lora method.alpha=1e308", "method.alpha: must be at most 1000000"),
     Bad("unknown method", "show sentiment-lora method.kind=lra", "did you mean 'lora'?"),
     Bad("method of a path", "show sentiment-lora method.kind=../../x", "method.kind"),
     Bad("unknown override", "show sentiment-lora train.epoch=3", "did you mean 'epochs'?"),
@@ -347,6 +356,12 @@ MODEL = [
     Bad("width of another model", RUN, "not this model's", damage=edit("base/config.json", hidden_size=64)),
     Bad("no tokenizer", RUN, "holds no tokenizer", damage=remove("base/tokenizer.json")),
     Bad("tokenizer broken", RUN, "no tokenizer can be loaded", damage=write("base/tokenizer.json", '{"model": 3}')),
+    Bad(
+        "tokenizer that panics",
+        RUN,
+        "no tokenizer can be loaded",
+        damage=edit("base/tokenizer.json", post_processor=UNKNOWN_TEMPLATE),
+    ),
     Bad("weights cut", RUN, "cannot be loaded", damage=cut("base/model.safetensors", 5000)),
     Bad("weights empty", RUN, "cannot be loaded", damage=write("base/model.safetensors", b"")),
     Bad("header longer than the file", RUN, "cannot be loaded", damage=flip("base/model.safetensors", 6)),
@@ -509,6 +524,8 @@ BUNDLE = [
         "is larger than",
         damage=lambda folder: os.truncate(folder / "bundle/lowres.json", 65 << 20),
     ),
+    Bad("passport's scores changed", VERIFY, "is not what it was", damage=edit("bundle/lowres.json", scores={})),
+    Bad("passport's machine changed", VERIFY, "is not what it was", damage=edit("bundle/lowres.json", machine="x")),
     Bad("passport nested", VERIFY, "lowres.json", damage=write("bundle/lowres.json", '{"a":' * 100_000)),
     Bad("passport of a newer format", VERIFY, "of a newer format", damage=edit("bundle/lowres.json", format=2)),
     Bad("passport with a strange key", VERIFY, "Extra inputs", damage=edit("bundle/lowres.json", run="touch executed")),

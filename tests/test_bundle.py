@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,6 +65,22 @@ def test_a_changed_or_missing_file_is_named(trained: Trainer, name: str):
     path.unlink()
     with pytest.raises(BundleError, match=f"lacks {name}"):
         open_bundle(bundle.folder)
+
+
+def test_no_byte_of_any_file_can_change_unseen(trained: Trainer):
+    folder, drawn = trained().folder, random.Random(0)
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 10
+    for name in names:
+        content = (folder / name).read_bytes()
+        for _ in range(60 if name == "lowres.json" else 3):
+            damaged = bytearray(content)
+            damaged[drawn.randrange(len(content))] ^= 1 << drawn.randrange(8)
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(BundleError, match=re.escape(str(folder))):
+                open_bundle(folder)
+        (folder / name).write_bytes(content)
+    open_bundle(folder)
 
 
 @pytest.mark.parametrize(

@@ -128,3 +128,27 @@ def test_when_it_is_time(monkeypatch: pytest.MonkeyPatch, every: int | str, cost
     keeper.cost = cost
     now[0] += after
     assert keeper._due(10) is due
+
+
+@pytest.mark.parametrize(
+    ("every", "cost", "after", "saved"),
+    [
+        ("auto", 0.1, 13.0, True),
+        ("auto", 0.1, 11.0, False),
+        ("auto", 2.0, 100.0, False),
+        (1000, 2.0, 1.0, True),
+        ("90s", 2.0, 1.0, True),
+        ("none", 0.0, 1e9, False),
+    ],
+)
+def test_the_end_of_training_is_saved_where_that_takes_less_than_its_share(
+    monkeypatch: pytest.MonkeyPatch, every: int | str, cost: float, after: float, saved: bool
+):
+    now, written = [100.0], []
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    keeper = Keeper(Path("nowhere"), every)
+    monkeypatch.setattr(keeper, "_save", lambda *_, beside: written.append(beside))
+    with keeper.watching(*[None] * 3):  # type: ignore[arg-type]
+        keeper.cost = cost
+        now[0] += after
+    assert written == [False] * saved

@@ -92,6 +92,17 @@ def test_a_tokenizer_that_breaks_at_its_first_text_is_refused(tmp_path: Path, da
         model.load_tokenizer(folder)
 
 
+def test_names_in_a_tokenizer_that_compiled_code_prints_stay_off_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    folder = tiny.base(tmp_path / "base")
+    change(folder / "tokenizer.json", lambda words: words["added_tokens"][0].update({"\x1b[2J": 1}))
+    capfd.readouterr()
+    model.load_tokenizer(folder)
+    print("shown again")
+    assert capfd.readouterr() == ("shown again\n", "")
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("num_hidden_layers", 2000), ("num_hidden_layers", 1e30), ("num_attention_heads", 2**40)]
 )

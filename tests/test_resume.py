@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lowres_ft import checkpoint, files
+from lowres_ft import checkpoint, files, resuming
 from lowres_ft.errors import LowresError, OutputError
 from lowres_ft.events import Event, Note, Stage, Trained
 from lowres_ft.pipeline import run
@@ -186,6 +186,26 @@ def test_a_finished_run_is_not_run_again(bases: Bases, reviews: Path, wanted: Re
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputError, match="out exists"):
         run(recipe(bases(), reviews, "train.seed=8"), tmp_path / "out", device_name="cpu", resume=True)
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "bundle/.."])
+def test_a_place_without_a_name_of_its_own_can_be_looked_at(
+    wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    (tmp_path / "bundle").mkdir()
+    monkeypatch.chdir(tmp_path / "bundle")
+    assert unfinished(wanted, Path(place)) is None
+    with pytest.raises(OutputError, match="exists"):
+        run(wanted, place.replace("bundle/", ""), device_name="cpu", resume=True)
+    assert resuming.folder_of(Path()) == tmp_path / "bundle.run"
+    assert resuming.folder_of(Path("a/b")) == Path("a/b.run")
+
+
+def test_a_finished_run_can_be_resumed_from_within(wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(wanted, tmp_path / "out", device_name="cpu")
+    monkeypatch.chdir(tmp_path / "out")
+    assert run(wanted, ".", device_name="cpu", resume=True).folder == Path()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_default_place_goes_on_with_the_same_experiment(

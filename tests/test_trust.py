@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lowres_ft import assets, foreign, yaml12
 from lowres_ft.assets import fetch
-from lowres_ft.bundle import Bundle
+from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.cli import bundles, terminal
 from lowres_ft.errors import AssetError, ModelError
 from lowres_ft.harmless import cell, harmless
@@ -105,6 +105,42 @@ def test_nothing_acts_whoever_prints(capfd: pytest.CaptureFixture[str]):
     print("\x1b[0m")
     out, err = capfd.readouterr()
     assert (out, err) == ("a\\u001b[2J\n\x1b[0m\n", "b\\u009bc\\ud800\n")
+
+
+@pytest.mark.parametrize("words", ["list", "show sentiment-lora", "models", "--help"])
+def test_a_full_disk_behind_standard_output_is_one_error(words: str):
+    command = [sys.executable, "-m", "lowres_ft", *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: standard output cannot be written: No space left on device",
+        "hint: Make room, or let it be written elsewhere.",
+    ]
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_streams_that_are_closed_harm_nothing(tmp_path: Path, closed: str):
+    made = recipe(tiny.base(tmp_path / "base"), tiny.reviews(tmp_path / "reviews.csv"))
+    (tmp_path / "mine.yaml").write_text(made.to_yaml())
+    close = " ".join(f"{number}>&-" for number in closed.split())
+    command = f"{sys.executable} -m lowres_ft recipe mine.yaml --out bundle --device cpu {close}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    code = subprocess.run(f"{sys.executable} -m lowres_ft show nothing {close}", shell=True, capture_output=True)
+    assert code.returncode == 2
+    open_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("behind", ["2>/dev/full", "2>&1 >/dev/null | true"])
+def test_a_run_goes_on_when_its_terminal_has_gone(tmp_path: Path, behind: str):
+    made = recipe(tiny.base(tmp_path / "base"), tiny.reviews(tmp_path / "reviews.csv"))
+    (tmp_path / "mine.yaml").write_text(made.to_yaml())
+    command = f"{sys.executable} -m lowres_ft recipe mine.yaml --out bundle --device cpu {behind}"
+    code = f"{command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    open_bundle(tmp_path / "bundle")
 
 
 def test_a_terminal_without_the_characters_gets_escapes(tmp_path: Path):

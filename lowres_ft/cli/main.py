@@ -54,7 +54,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app(prog_name="lowres-ft")
+        _command_line()
     except LowresError as error:
         _complain(f"error: {error.message}", f"hint: {error.hint}" if error.hint else "")
         _complain(*getattr(error, "__notes__", ()))
@@ -62,6 +62,14 @@ def _run() -> None:
     except Stopped as stopped:
         _complain("interrupted", *getattr(stopped, "__notes__", ()))
         sys.exit(stopped.code)
+
+
+def _command_line() -> None:
+    try:
+        app(prog_name="lowres-ft")
+    except SystemExit:
+        terminal.finish()
+        raise
 
 
 def _complain(*lines: str) -> None:

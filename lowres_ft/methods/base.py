@@ -114,7 +114,7 @@ class LowRankMethod(Method):
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update; adapter size and its memory grow with it."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
     """Scale of the update: alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
