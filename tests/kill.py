@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from lowres_ft import checkpoint, fitting, train
+from lowres_ft import attempt, checkpoint, fitting
 from lowres_ft.bundle import open_bundle
 from lowres_ft.events import Event, Stage
 from lowres_ft.pipeline import run
@@ -147,8 +147,8 @@ def running(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> None:
 
     wrap(checkpoint, "save", "S")
     wrap(fitting, "_evaluate", "E")
-    wrap(train, "_gradients", "T")
-    wrap(train, "_update", "T")
+    wrap(attempt.Attempt, "gradient", "T")
+    wrap(attempt, "_update", "T")
     tell("L")
     run(recipe, out, device_name="cpu", listen=listen, resume=True)
 

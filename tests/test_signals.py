@@ -163,7 +163,7 @@ def test_a_signal_in_an_evaluation_under_a_bound_saves_the_last_step(long: Recip
 def test_a_run_stopped_in_a_step_and_in_an_evaluation_goes_on_to_the_same_bytes(
     bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from lowres_ft import evaluate, train
+    from lowres_ft import attempt, evaluate
 
     changes = ("train.evaluate_every=3", "train.checkpoint_every=none", "budget.probe=false")
     wanted = recipe(bases(), reviews, "train.steps=9", *changes)
@@ -184,9 +184,9 @@ def test_a_run_stopped_in_a_step_and_in_an_evaluation_goes_on_to_the_same_bytes(
             run(wanted, tmp_path / "out", device_name="cpu", resume=True)
         monkeypatch.undo()
 
-    stopped_in(train, "_backward", 2)
+    stopped_in(attempt, "_backward", 2)
     names = []
-    for module, name, call in ((evaluate, "outputs", 1), (train, "_update", 2)):
+    for module, name, call in ((evaluate, "outputs", 1), (attempt, "_update", 2)):
         stopped_in(module, name, call)
         names += [path.name for path in (tmp_path / "out.run" / "checkpoints").iterdir()]
     assert "00000003-00000" in names  # before its evaluation
