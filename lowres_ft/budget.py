@@ -9,14 +9,16 @@ say: an error lists what each such change saves.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowres_ft import bases, device, limits, memory, profiles
+from lowres_ft import bases, device, limits, memory, profiles, shortage
 from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
-from lowres_ft.errors import LowresError, ModelError
+from lowres_ft.errors import LowresError, ModelError, first_line
+from lowres_ft.memory import Memory
 from lowres_ft.plan import Plan, why_resident
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
+from lowres_ft.simulate import Account
 from lowres_ft.sizes import parse_bytes, show_bytes
 
 Needs = Callable[[Recipe, Plan], int]
@@ -40,7 +42,10 @@ def room(recipe: Recipe, machine: Machine) -> int | None:
         return None
     if recipe.budget.memory != "auto":
         return parse_bytes(recipe.budget.memory)
-    return max(1, device.free_bytes(machine.device) - limits.reserve(device.total_bytes(machine.device)))
+    reserve = limits.reserve(device.total_bytes(machine.device))
+    # Each process of a host leaves its share of what is left to others; a GPU is of one process.
+    reserve //= device.local_processes() if machine.kind == "cpu" else 1
+    return max(1, device.free_bytes(machine.device) - reserve)
 
 
 def within(
@@ -56,9 +61,48 @@ def within(
     most = room(recipe, machine)
     if most is None:
         return plan
-    return settle(
-        recipe, plan, profile, most, lambda one, by: memory.estimate(one, base, profile, by, lengths)[0].total
-    )
+    return settle(recipe, plan, profile, most, Accounts(base, profile, lengths).bytes)
+
+
+class Accounts:
+    """What a run needs by each recipe and plan that is asked for, accounted for once."""
+
+    def __init__(self, base: Base, profile: Profile, lengths: Sequence[int] = ()) -> None:
+        self.base, self.profile, self.lengths = base, profile, lengths
+        self.known: dict[tuple[str, str], tuple[Memory, Account] | LowresError] = {}
+
+    def of(self, recipe: Recipe, plan: Plan) -> tuple[Memory, Account]:
+        """The memory of a run, and the account of the micro-batch that needs most.
+
+        Raises:
+            ModelError: The base cannot be adapted as asked, or its code does not run without its weights.
+        """
+        key = recipe.model_dump_json(), plan.model_dump_json()
+        if key not in self.known:
+            self.known[key] = self._found(recipe, plan)
+        found = self.known[key]
+        if isinstance(found, LowresError):
+            raise found
+        return found
+
+    def _found(self, recipe: Recipe, plan: Plan) -> tuple[Memory, Account] | LowresError:
+        try:
+            return memory.estimate(recipe, self.base, self.profile, plan, self.lengths)
+        except LowresError as error:
+            return error
+        except Exception as error:  # whatever a model's code does without its weights
+            if shortage.ran_out(error):
+                raise
+            return ModelError(untold(error), hint="A run without budget.memory may well work.")
+
+    def bytes(self, recipe: Recipe, plan: Plan) -> int:
+        """What a run needs at its peak."""
+        return self.of(recipe, plan)[0].total
+
+
+def untold(error: Exception) -> str:
+    """Why it is not known what a run takes, in words."""
+    return f"what this base takes cannot be told before it runs: {first_line(error)}"
 
 
 def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs) -> Plan:
@@ -118,7 +162,7 @@ def advice(recipe: Recipe, machine: Machine) -> str:
     try:
         base = bases.resolve(recipe.model)
         profile = profiles.profile(base, recipe.task)
-        needs: Needs = lambda one, by: memory.estimate(one, base, profile, by)[0].total  # noqa: E731
+        needs = Accounts(base, profile).bytes
         *_, last = plans(recipe, made.make(recipe, profile, machine), profile)
         found = remedies(recipe, last, needs(recipe, last), needs)
     except (LowresError, MemoryError, RuntimeError):  # there is no memory even for that

@@ -21,7 +21,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["recipe", "curve"])
+@pytest.mark.parametrize("command", ["recipe", "curve", "plan"])
 def test_a_bound_below_what_libraries_take_is_refused_before_they_are_imported(command):
     code = (
         "import atexit, json, sys; from lowres_ft.cli.main import main;"
@@ -104,8 +104,13 @@ def test_a_limit_from_outside_stays():
 
 @linux
 def test_a_process_that_takes_more_already_is_told():
-    done = python("from lowres_ft import limits; limits.held(2**20, 'cpu', print).__enter__()")
-    assert "before the base is loaded, and may take 1.0 MiB" in done.stderr
+    code = (
+        "from lowres_ft import limits, errors\n"
+        "try: limits.held(2**20, 'cpu', print).__enter__()\n"
+        "except errors.OutOfMemoryError as error: print(error.message, [error.hint])"
+    )
+    told = python(code).stdout
+    assert told.endswith("before the base is loaded, and may take 1.0 MiB ['']\n")  # so that remedies are added
 
 
 INTERRUPTED = """
