@@ -9,22 +9,31 @@ say: an error lists what each such change saves.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowres_ft import bases, device, limits, memory, profiles
+from lowres_ft import bases, device, limits, memory, profiles, shortage
 from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
-from lowres_ft.errors import LowresError, ModelError
+from lowres_ft.errors import LowresError, ModelError, first_line
+from lowres_ft.memory import Memory
 from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan, why_resident
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
+from lowres_ft.simulate import Account
 from lowres_ft.sizes import parse_bytes, show_bytes
 
 Needs = Callable[[Recipe, Plan], int]
 """Bytes that a recipe needs at its peak by a plan."""
+Shapes = Callable[[Recipe, Plan], Sequence[Shape]]
+"""The micro-batches into which a plan cuts a recipe's rows; none where the rows are not known."""
 FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
 _SHORTEST = 16  # tokens: texts cut to fewer say little
 _LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
+
+
+def unknown(*_: object) -> Sequence[Shape]:
+    """Of rows that were not read: texts are as long as the recipe lets them be."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,10 @@ def room(recipe: Recipe, machine: Machine) -> int | None:
         return None
     if recipe.budget.memory != "auto":
         return parse_bytes(recipe.budget.memory)
-    return max(1, device.free_bytes(machine.device) - limits.reserve(device.total_bytes(machine.device)))
+    reserve = limits.reserve(device.total_bytes(machine.device))
+    # Each process of a host leaves its share of what is left to others; a GPU is of one process.
+    reserve //= device.local_processes() if machine.kind == "cpu" else 1
+    return max(1, device.free_bytes(machine.device) - reserve)
 
 
 def within(
@@ -50,7 +62,7 @@ def within(
     profile: Profile,
     plan: Plan,
     machine: Machine,
-    shapes: Callable[[Recipe, Plan], Sequence[Shape]] = lambda *_: (),
+    shapes: Shapes = unknown,
 ) -> Plan:
     """The plan, made as frugal as the recipe's budget of memory asks for.
 
@@ -62,9 +74,48 @@ def within(
     most = room(recipe, machine)
     if most is None:
         return plan
-    return settle(
-        recipe, plan, profile, most, lambda one, by: memory.estimate(one, base, profile, by, shapes(one, by))[0].total
-    )
+    return settle(recipe, plan, profile, most, Accounts(base, profile, shapes).bytes)
+
+
+class Accounts:
+    """What a run needs by each recipe and plan that is asked for, accounted for once."""
+
+    def __init__(self, base: Base, profile: Profile, shapes: Shapes = unknown) -> None:
+        self.base, self.profile, self.shapes = base, profile, shapes
+        self.known: dict[tuple[str, str], tuple[Memory, Account] | LowresError] = {}
+
+    def of(self, recipe: Recipe, plan: Plan) -> tuple[Memory, Account]:
+        """The memory of a run, and the account of the micro-batch that needs most.
+
+        Raises:
+            ModelError: The base cannot be adapted as asked, or its code does not run without its weights.
+        """
+        key = recipe.model_dump_json(), plan.model_dump_json()
+        if key not in self.known:
+            self.known[key] = self._found(recipe, plan)
+        found = self.known[key]
+        if isinstance(found, LowresError):
+            raise found
+        return found
+
+    def _found(self, recipe: Recipe, plan: Plan) -> tuple[Memory, Account] | LowresError:
+        try:
+            return memory.estimate(recipe, self.base, self.profile, plan, self.shapes(recipe, plan))
+        except LowresError as error:
+            return error
+        except Exception as error:  # whatever a model's code does without its weights
+            if shortage.ran_out(error):
+                raise
+            return ModelError(untold(error), hint="A run without budget.memory may well work.")
+
+    def bytes(self, recipe: Recipe, plan: Plan) -> int:
+        """What a run needs at its peak."""
+        return self.of(recipe, plan)[0].total
+
+
+def untold(error: Exception) -> str:
+    """Why it is not known what a run takes, in words."""
+    return f"what this base takes cannot be told before it runs: {first_line(error)}"
 
 
 def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs) -> Plan:
@@ -124,7 +175,7 @@ def advice(recipe: Recipe, machine: Machine) -> str:
     try:
         base = bases.resolve(recipe.model)
         profile = profiles.profile(base, recipe.task)
-        needs: Needs = lambda one, by: memory.estimate(one, base, profile, by)[0].total  # noqa: E731
+        needs = Accounts(base, profile).bytes
         *_, last = plans(recipe, made.make(recipe, profile, machine), profile)
         found = remedies(recipe, last, needs(recipe, last), needs)
     except (LowresError, MemoryError, RuntimeError):  # there is no memory even for that

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowres_ft import files
 from lowres_ft.errors import OutputError
 from lowres_ft.plan import Plan
+from lowres_ft.shortage import Room
 from lowres_ft.sizes import show_bytes
 from lowres_ft.train import Step, TrainState
 
@@ -156,6 +157,7 @@ def load(checkpoint: Checkpoint, state: TrainState, plan: Plan) -> Record:
     """
     tensors = load_file(checkpoint.folder / _TENSORS)
     held = _put_together(checkpoint.values["state"], tensors)
+    room = _smaller(checkpoint.values["room"], state.adapted.room)
     if plan.dtype != checkpoint.plan.dtype:  # the scale of losses belongs to the dtype
         held["numbers"] |= {"loss_scale": state.loss_scale, "steps_at_scale": 0}
     for group, own in zip(held["optimizer"]["param_groups"], state.optimizer.param_groups, strict=True):
@@ -164,8 +166,8 @@ def load(checkpoint: Checkpoint, state: TrainState, plan: Plan) -> Record:
     if held["best"] is not None:
         held["best"] = {name: tensor.to(device) for name, tensor in held["best"].items()}
     state.load_state_dict(held)
-    for name in _ROOM:  # what did not fit is not tried again
-        setattr(state.adapted.room, name, checkpoint.values["room"][name])
+    for name, most in room.items():
+        setattr(state.adapted.room, name, most)
     steps = tensors.get(f"{_HISTORY}/steps", torch.empty(0, 7)).tolist()
     evaluations = tensors.get(f"{_HISTORY}/evaluations", torch.empty(0, 2)).tolist()
     return Record(
@@ -173,6 +175,12 @@ def load(checkpoint: Checkpoint, state: TrainState, plan: Plan) -> Record:
         [(int(step), value) for step, value in evaluations],
         int(checkpoint.values["peak_bytes"]),
     )
+
+
+def _smaller(then: Mapping[str, int | None], now: Room) -> dict[str, int | None]:
+    """What fits of each, by what did not fit before a checkpoint and what did not now: neither is tried again."""
+    found = {name: [size for size in (then[name], getattr(now, name)) if size is not None] for name in _ROOM}
+    return {name: min(sizes, default=None) for name, sizes in found.items()}
 
 
 def discard(folder: Path) -> None:

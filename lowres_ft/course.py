@@ -108,11 +108,11 @@ class Clock:
         self.tokens = trust * course.tokens
 
     def left(self, step: Step) -> float:
-        """Seconds to the end after a step, evaluations included where their pace is known."""
+        """Seconds to the end after a step, before it is evaluated; evaluations included where their pace is known."""
         self.seconds += step.seconds
         self.tokens += step.tokens
         each = self.seconds / max(1.0, self.tokens) * self.course.tokens
         steps = max(0, self.course.steps - step.number) * each
         if self.pace is None:
             return steps
-        return steps + self.course.evaluating(self.pace, step.number) * each / self.course.step(self.pace)
+        return steps + self.course.evaluating(self.pace, step.number - 1) * each / self.course.step(self.pace)

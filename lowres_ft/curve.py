@@ -3,8 +3,9 @@
 import io
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from lowres_ft import (
     pipeline,
     powerlaw,
     preparing,
+    shortage,
+    splits,
 )
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
@@ -147,17 +150,23 @@ def measure(
     total = len(setting.rows.train)
     wanted = require_sizes(sizes, total) if sizes else spread(total, len(setting.rows.task.names))
     found = {(score.size, score.seed): score for score in known}
-    for seed in range(recipe.train.seed, recipe.train.seed + seeds):
-        if all((size, seed) in found for size in wanted):
-            continue
-        listen(Stage(f"seed {seed}: loading {recipe.model.base}"))
-        trainer = _Trainer.of(setting, seed)
-        for size in wanted:
-            if (size, seed) not in found:
-                listen(Stage(f"seed {seed}: training on {size:,} rows"))
-                found[size, seed] = trainer.score(size, listen)
-                heard(found[size, seed])
+    with pipeline.bounded(setting.resolved, setting.machine, listen):
+        for seed in range(recipe.train.seed, recipe.train.seed + seeds):
+            for score in _scores(setting, seed, [size for size in wanted if (size, seed) not in found], listen):
+                found[score.size, score.seed] = score
+                heard(score)
     return tuple(found[key] for key in sorted(found) if key[0] in wanted)
+
+
+def _scores(setting: "_Setting", seed: int, sizes: Sequence[int], listen: Listener) -> Iterator[Score]:
+    """Yield the score of each size with a seed; the model of one seed is gone before the next one's is loaded."""
+    if not sizes:
+        return
+    listen(Stage(f"seed {seed}: loading {setting.recipe.model.base}"))
+    trainer = _Trainer.of(setting, seed)
+    for size in sizes:
+        listen(Stage(f"seed {seed}: training on {size:,} rows"))
+        yield trainer.score(size, listen)
 
 
 def fitted(recipe: Recipe, scores: Sequence[Score]) -> Curve:
@@ -208,28 +217,6 @@ def require_sizes(sizes: Sequence[int], total: int) -> list[int]:
     return sorted(set(sizes))
 
 
-def nested(rows: Rows, task: Task, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """An order of rows whose beginnings are stratified by class, and where each row's group of equal texts ends.
-
-    Returns:
-        (N,) positions, and (N,) how many rows there are up to the end of each one's group.
-    """
-    keys = Keys(rows.keys(), rows.labels)
-    _, first, group, size = np.unique(keys.groups(), return_index=True, return_inverse=True, return_counts=True)
-    classes = keys.classes(task)[first]
-    random = np.random.default_rng([seed, 3])
-    place = np.empty(len(first))
-    for index in np.unique(classes):
-        own = random.permutation(np.flatnonzero(classes == index))
-        place[own] = (np.arange(len(own)) + random.random()) / len(own)
-        if index >= 0:
-            place[own[0]] -= 1.0  # every class from the beginning on
-    rank = np.empty(len(first), dtype=np.int64)
-    ordered = np.argsort(place, kind="stable")
-    rank[ordered] = np.arange(len(ordered))
-    return np.argsort(rank[group], kind="stable"), np.repeat(np.cumsum(size[ordered]), size[ordered])
-
-
 @dataclass(frozen=True, eq=False)
 class _Setting:
     """What all runs share."""
@@ -242,6 +229,11 @@ class _Setting:
     work: Path
     tokens: dict[str, Tokens]
     """Of every split; filled by the first run, whose tokenizer makes them."""
+
+    @property
+    def resolved(self) -> Recipe:
+        """The recipe with the labels that were found."""
+        return self.recipe.model_copy(update={"task": self.rows.task})
 
     @classmethod
     def of(cls, recipe: Recipe, work: Path, device_name: str, listen: Listener) -> "_Setting":
@@ -275,10 +267,10 @@ class _Trainer:
     @classmethod
     def of(cls, setting: _Setting, seed: int) -> "_Trainer":
         spec = setting.recipe.train.model_copy(update={"seed": seed})
-        recipe = setting.recipe.model_copy(update={"task": setting.rows.task, "train": spec})
+        recipe = setting.resolved.model_copy(update={"train": spec})
         made = plans.make(recipe, setting.profile, setting.machine)
         plan = budget.within(recipe, setting.base, setting.profile, made, setting.machine)
-        adapted = model.load(recipe, setting.base, setting.profile, plan)
+        adapted = shortage.twice(partial(model.load, recipe, setting.base, setting.profile, plan), plan.device)
         plan, _ = behaviour.revise(adapted, plan)
         for name, split in setting.rows.splits().items():
             if name not in setting.tokens:
@@ -286,7 +278,8 @@ class _Trainer:
         train = setting.tokens["train"].rows
         assert train is not None
         first = {name: tensor.clone() for name, tensor in adapted.tensors().items()}
-        return cls(setting, recipe, adapted, plan, first, *nested(train, recipe.task, seed))
+        keys = Keys(train.keys(), train.labels)
+        return cls(setting, recipe, adapted, plan, first, *splits.nested(keys, recipe.task, seed))
 
     def score(self, size: int, listen: Listener) -> Score:
         """Train on some rows and score on test."""

@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lowres_ft import allocator
+from lowres_ft import allocator, limits
 from lowres_ft.errors import LowresError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_GROUP = Path("/sys/fs/cgroup")
+_CLEAR_REFS = Path("/proc/self/clear_refs")  # where 5 resets VmHWM
 _ROUNDS = 8  # of products that are timed
 
 
@@ -26,7 +29,7 @@ class Machine:
     """The device that computes, and what is worth knowing of it."""
 
     device: str
-    """'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    """'cpu', 'cuda:0' or 'mps'; of other machines, which are told of alone, 'cuda'."""
     name: str
     dtype: Dtype
     """The fastest dtype that trains well here."""
@@ -52,6 +55,8 @@ def find(device: str = "auto") -> Machine:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = f"cuda:{local}" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    elif device == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"  # of a process that was launched, the one that it was given
     shared = (torch.get_num_threads(), _host(), processes, rank)
     try:
         kind = torch.device(device).type
@@ -167,10 +172,21 @@ def same_for_all(machine: Machine, text: str) -> str:
     return str(broadcast_object_list([text])[0])
 
 
-def peak_bytes(device: str) -> int:
-    """Most memory that this process held so far: allocated on a GPU, resident on a processor."""
+def forget_peak(device: str) -> None:
+    """Let the peak begin anew, where the system can; elsewhere it stays that of the whole process."""
     if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        _CLEAR_REFS.write_bytes(b"5")
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory that this process held so far: resident on a processor; on a GPU what its allocator reserved.
+
+    With that counts what the table says of a GPU's context, which no allocator knows, so that it is what a plan tells.
+    """
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_reserved(device)) + limits.context()
     if sys.platform == "win32":
         import psutil
 
@@ -194,19 +210,34 @@ def total_bytes(device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory of a device that this process has or could have now."""
+    """Memory of a device that this process has or could have now; what others left is shared with those of its run."""
     if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
+        own = int(torch.cuda.memory_reserved(device)) + limits.context()  # whose context stands as this is asked
+        return own + int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    own = int(psutil.Process().memory_info().rss)
-    left = _group("memory.max") - _group("memory.current", 0)
-    return own + min(int(psutil.virtual_memory().available), max(0, left))
+    taken = _group("memory.current", 0) - _reclaimable()
+    left = min(int(psutil.virtual_memory().available), max(0, _group("memory.max") - taken))
+    return int(psutil.Process().memory_info().rss) + left // local_processes()
+
+
+def local_processes() -> int:
+    """Processes of this run on this host, as their launcher says."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _group(name: str, unlimited: int = sys.maxsize) -> int:
     """A figure of the control group that a container or a scheduler put this process in (Linux, version 2)."""
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
+        return int((_GROUP / name).read_text())
     except (OSError, ValueError):  # no groups, or "max"
         return unlimited
+
+
+def _reclaimable() -> int:
+    """Bytes of files that the control group counts as its memory, and that the system gives away when it is asked."""
+    try:
+        counted = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return int(counted["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lowres_ft import limits, shortage
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
-from lowres_ft.errors import ModelError, OutOfMemoryError
+from lowres_ft.errors import ModelError
 from lowres_ft.model import Adapted
 from lowres_ft.plan import Plan
 from lowres_ft.spec import Spec, figures
@@ -94,10 +94,11 @@ def _batches(
             except Exception as error:
                 if not shortage.ran_out(error):
                     raise
+                said = shortage.said(error)
             else:
                 yield part, values
                 continue
-            most = _smaller(adapted, tokens, part, plan)
+            most = _smaller(adapted, tokens, part, plan, said)
             waiting = deque(cut(np.concatenate([part, *waiting]), tokens.lengths, most))
     finally:
         adapted.model.train(was_training)
@@ -121,7 +122,7 @@ def _values(
     return values
 
 
-def _smaller(adapted: Adapted, tokens: Tokens, part: np.ndarray, plan: Plan) -> int:
+def _smaller(adapted: Adapted, tokens: Tokens, part: np.ndarray, plan: Plan, said: str) -> int:
     """Tokens of a batch from now on: half of one that did not fit.
 
     Raises:
@@ -130,7 +131,7 @@ def _smaller(adapted: Adapted, tokens: Tokens, part: np.ndarray, plan: Plan) -> 
     shortage.release(plan.device)
     width = int(tokens.lengths[part].max())
     if len(part) == 1:
-        raise OutOfMemoryError(f"memory ran out: evaluating {tokens.where(part)[0]}, {width:,} tokens, on its own")
+        raise shortage.exhausted(f"evaluating {tokens.where(part)[0]}, {width:,} tokens, on its own", said)
     adapted.room.shrink_evaluation(most := len(part) * width // 2)
     return most
 

@@ -4,11 +4,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowres_ft import device, memory, pace, profiles, simulate, speed, timings
+from lowres_ft import budget, device, memory, pace, profiles, simulate, speed, timings
 from lowres_ft.bases import Base
 from lowres_ft.course import Course
 from lowres_ft.device import Machine
-from lowres_ft.errors import first_line
+from lowres_ft.errors import LowresError
 from lowres_ft.memory import Memory
 from lowres_ft.pace import Pace
 from lowres_ft.plan import Plan
@@ -42,6 +42,9 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     """What a plan comes to; accounted for once on a machine, and kept.
 
     A base whose code does not run without its weights is none that cannot be trained: of it nothing is told.
+
+    Raises:
+        LowresError: It cannot be trained as asked.
     """
 
     def account() -> dict[str, Any]:
@@ -61,5 +64,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))
+    except LowresError:
+        raise
     except Exception as error:  # noqa: BLE001 (whatever a model's code does without memory; with it, it may well run)
-        return Expected(course, untold=f"what this base takes cannot be told before it runs: {first_line(error)}")
+        return Expected(course, untold=budget.untold(error))

@@ -7,16 +7,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lowres_ft import assets, bases, budget, catalogue, device, memory, profiles, quantize, speed, tables, timings
+from lowres_ft import assets, bases, budget, catalogue, device, profiles, quantize, speed, tables, timings
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
+from lowres_ft.budget import Accounts
 from lowres_ft.catalogue import Entry
 from lowres_ft.device import Machine
 from lowres_ft.memory import Memory
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe, load_recipe
-from lowres_ft.simulate import Account
 from lowres_ft.sizes import parse_bytes
 from lowres_ft.speed import Rates
 
@@ -93,9 +93,9 @@ def outlook(
         profile = profiles.profile(base, recipe.task)
         profiles.require_length(profile, recipe.task)
         quantize.require_widths(profile, recipe.model.quantize)
-        known: dict[tuple[str, str], tuple[Memory, Account]] = {}
+        accounts = Accounts(base, profile)
         here = Target(machine, budget.room(recipe, machine) or device.total_bytes(machine.device), speed.known(machine))
-        found = [forecast(recipe, base, profile, target, known) for target in (here, *usual(processes))]
+        found = [forecast(recipe, accounts, target) for target in (here, *usual(processes))]
     return Outlook(profile, profiles.trainable(recipe.method, profile), found[0], tuple(found[1:]))
 
 
@@ -113,39 +113,21 @@ def usual(processes: int = 1) -> Iterator[Target]:
         yield Target(machine, parse_bytes(entry["memory"]), speed.of_table(entry))
 
 
-def forecast(
-    recipe: Recipe,
-    base: Base,
-    profile: Profile,
-    target: Target,
-    known: dict[tuple[str, str], tuple[Memory, Account]],
-    *,
-    remedies: bool = True,
-) -> Forecast:
+def forecast(recipe: Recipe, accounts: Accounts, target: Target, *, remedies: bool = True) -> Forecast:
     """A recipe on a device, by the first plan that fits there, else the most frugal one.
 
-    `known` keeps accounts by recipe and plan, as devices share them.
+    Devices share `accounts`.
     """
-
-    def account(one: Recipe, plan: Plan) -> tuple[Memory, Account]:
-        key = one.model_dump_json(), plan.model_dump_json()
-        if key not in known:
-            known[key] = memory.estimate(one, base, profile, plan)
-        return known[key]
-
+    profile = accounts.profile
     first = plan = plans.make(recipe, profile, target.machine)
-    found = account(recipe, plan)
+    found = accounts.of(recipe, plan)
     for plan in budget.plans(recipe, first, profile):
-        found = account(recipe, plan)
+        found = accounts.of(recipe, plan)
         if found[0].total <= target.memory:
             break
     needed, done = found
     fits = needed.total <= target.memory
-    left = (
-        []
-        if fits or not remedies
-        else budget.remedies(recipe, plan, needed.total, lambda one, by: account(one, by)[0].total)
-    )
+    left = [] if fits or not remedies else budget.remedies(recipe, plan, needed.total, accounts.bytes)
     rows, width = done.rows, done.width
     taken = speed.seconds(done.training, plan.dtype, target.rates, target.machine.kind)
     taken = max(taken, speed.passing(done.held.passing, target.rates))  # layers come while others compute
@@ -175,7 +157,7 @@ def of_entry(entry: Entry, task: str | None, machine: Machine) -> dict[str, Any]
         recipe = presumed(load_recipe(name, [f"model.base={entry.name}"]))
         with TemporaryDirectory(prefix="lowres-ft-") as folder:
             base = _base(recipe, Path(folder), None)
-            one = forecast(recipe, base, profiles.profile(base, recipe.task), target, {}, remedies=False)
+            one = forecast(recipe, Accounts(base, profiles.profile(base, recipe.task)), target, remedies=False)
         return {
             "recipe": name,
             "fits": one.fits,

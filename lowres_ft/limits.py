@@ -18,16 +18,18 @@ and Python's own threads wait for ever. So it stands only while tensors are comp
 others take, and the weights, count when the next step begins.
 """
 
+import _thread
 import ctypes
 import gc
 import mmap
+import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lowres_ft import allocator, tables
 from lowres_ft.errors import ModelError, OutOfMemoryError
@@ -39,6 +41,7 @@ T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
 _PAGE = mmap.PAGESIZE
 _SPARE = 32 * 2**20  # bytes below a bound, in which libraries still find what little they need
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
 
@@ -50,8 +53,21 @@ def reserve(total: int) -> int:
 def floor(device: str) -> int:
     """Bytes that the libraries of any run take on a device; where it is `auto`, on the one where they take least."""
     fitted = tables.read("memory")
-    kinds = ("cpu", "cuda") if device == "auto" else ("cpu" if device == "cpu" else "cuda",)
+    either = ("cpu", "cuda") if _may_have_gpu() else ("cpu",)
+    kinds = either if device == "auto" else ("cpu" if device == "cpu" else "cuda",)
     return min(int(fitted[kind]["libraries"]) + int(fitted[kind]["model_code"]) for kind in kinds)
+
+
+def context() -> int:
+    """Bytes of a GPU that a process takes beside its tensors, which no allocator counts."""
+    return int(tables.read("memory")["cuda"]["libraries"])
+
+
+def _may_have_gpu() -> bool:
+    """Whether a driver of a GPU is here, as far as can be seen without a heavy library; a Mac has one."""
+    if sys.platform == "win32":
+        return find_library("nvcuda") is not None
+    return sys.platform == "darwin" or any(map(os.path.exists, _GPU_DRIVERS))
 
 
 def require(recipe: Recipe, device: str = "auto") -> None:
@@ -77,6 +93,7 @@ def held(most: int | None, device: str, listen: Listener) -> Iterator[None]:
         OutOfMemoryError: The process takes more already.
     """
     global _limit
+    outer = _limit
     if most is None:
         yield
     elif device.startswith("cuda"):
@@ -88,7 +105,7 @@ def held(most: int | None, device: str, listen: Listener) -> Iterator[None]:
             _limit = limit
             yield
         finally:
-            _limit = None
+            _limit = outer
     else:
         listen(Note("budget.memory bounds the plan alone: this system cannot hold a process to it"))
         yield
@@ -107,8 +124,8 @@ class Limit:
             MemoryError: The bound is reached.
         """
         pages = int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1])
-        if pages * _PAGE > self.most - _SPARE:
-            raise MemoryError
+        if (taken := pages * _PAGE) > self.most - _SPARE:
+            raise MemoryError(f"{show_bytes(taken)} are resident, and {show_bytes(self.most)} may be")
 
     @classmethod
     def now(cls, most: int) -> "Limit":
@@ -122,8 +139,7 @@ class Limit:
         trim()
         if (taken := _taken()["VmRSS"]) >= most:
             raise OutOfMemoryError(
-                f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}",
-                hint="Give budget.memory more.",
+                f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}"
             )
         return cls(most)
 
@@ -138,50 +154,102 @@ class Limit:
 _limit: Limit | None = None  # it is of the process, so there is one
 
 
+def held_now() -> bool:
+    """Whether this process is held to a bound of its resident memory."""
+    return _limit is not None
+
+
 def apart(call: Callable[[], T]) -> T:
-    """What a call gives; where this process is held to a bound, computed under it."""
-    if _limit is None:
-        return call()
-    import resource
+    """What a call gives; where this process is held to a bound, computed under it.
 
-    found: list[T] = []
-    failed: list[BaseException] = []
-    limit, before = _limit, resource.getrlimit(resource.RLIMIT_DATA)
-    outer = [one for one in before if one != resource.RLIM_INFINITY]
+    What interrupts the wait, such as a signal, is raised once the call has ended, which it does where it next looks.
+    """
+    return call() if _limit is None else _Work(call, _limit).result()
 
-    def held_to() -> None:
+
+class _Left(BaseException):
+    """What a call would give is not wanted any more."""
+
+
+class _Work(Generic[T]):
+    """A call that computes under a limit, in a thread of its own."""
+
+    def __init__(self, call: Callable[[], T], limit: Limit) -> None:
+        self.call = call
+        self.limit = limit
+        self.found: list[T] = []
+        self.failed: list[BaseException] = []
+        self.left = self.done = False
+        self.running = _thread.allocate_lock()
+
+    def look(self) -> None:
+        """See that what is computed is wanted, and that there is room for what comes next."""
+        if self.left:
+            raise _Left
+        self.limit.look()
+
+    def result(self) -> T:
+        """Start the thread and wait for its end, whatever interrupts: no limit outlives its call.
+
+        `threading.Thread` would not do. Its `start` waits, too, so that an interrupt leaves open whether it started;
+        and an interrupted `join` may take a thread that runs for one that has ended, which aborts the process at exit.
+        """
+        interrupted: list[BaseException] = []
+        self.running.acquire()
         try:
-            _start_threads()
-            resource.setrlimit(resource.RLIMIT_DATA, (min([limit.data, *outer]), before[1]))
+            _thread.start_new_thread(self._run, ())
+        except (RuntimeError, MemoryError):  # there is none
+            raise
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            interrupted.append(error)
+            self.left = True
+        while not self.done:
             try:
-                with _looking(limit):
-                    found.append(call())
-            finally:
-                resource.setrlimit(resource.RLIMIT_DATA, before)
+                self.running.acquire()
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                interrupted.append(error)
+                self.left = True
+        raised, self.failed = interrupted or self.failed, []
+        if raised:
+            raise raised.pop()  # from here on nothing but its handler holds it, and what its frames hold
+        return self.found.pop()
+
+    def _run(self) -> None:
+        try:
+            self._limited()
         except BaseException as error:  # noqa: BLE001 (raised in the thread that waits)
-            failed.append(error)
+            self.failed.append(error)
+        finally:
+            self.done = True
+            self.running.release()
 
-    thread = threading.Thread(target=held_to)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed.pop()
-    return found.pop()
+    def _limited(self) -> None:
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        outer = [one for one in before if one != resource.RLIM_INFINITY]
+        _start_threads()
+        resource.setrlimit(resource.RLIMIT_DATA, (min([self.limit.data, *outer]), before[1]))
+        try:
+            with _looking(self):
+                self.found.append(self.call())
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-_looked: Limit | None = None  # what is looked at now
+_looked: _Work[Any] | None = None  # what is computed now
 
 
 @contextmanager
-def _looking(limit: Limit) -> Iterator[None]:
+def _looking(work: _Work[Any]) -> Iterator[None]:
     """Look before each module computes."""
     global _looked
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     def before(*_: Any) -> None:
-        limit.look()
+        work.look()
 
-    _looked, hook = limit, register_module_forward_pre_hook(before)
+    _looked, hook = work, register_module_forward_pre_hook(before)
     try:
         yield
     finally:
@@ -190,7 +258,7 @@ def _looking(limit: Limit) -> Iterator[None]:
 
 
 def look() -> None:
-    """See that there is room for what comes next, where a bound is held.
+    """See that there is room for what comes next, where a bound is held, and that it is still waited for.
 
     Raises:
         MemoryError: The bound is reached.
@@ -205,17 +273,20 @@ def _share_of_gpu(most: int, device: str) -> Iterator[None]:
     import torch
 
     total = torch.cuda.get_device_properties(device).total_memory
-    context = int(tables.read("memory")["cuda"]["libraries"])
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most - context) / total), device)
+    before = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    torch.cuda.empty_cache()  # what the allocator keeps for later counts
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most - context()) / total), device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def trim() -> None:
     """Drop what nothing holds any more, and give its memory back to the system."""
     gc.collect()
+    if (arrow := sys.modules.get("pyarrow")) is not None:
+        arrow.default_memory_pool().release_unused()
     _give_back()
 
 

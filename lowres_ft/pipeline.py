@@ -68,6 +68,8 @@ def run(
     for text in recipe.notes:
         listen(Note(text))
     machine = device.find(device_name)
+    limits.trim()
+    device.forget_peak(machine.device)  # that of a run before, in the same process
     if machine.rank:
         listen = unheard
     with run_folder(recipe.name, out, machine, Wish(recipe, resume)) as place:
@@ -84,6 +86,7 @@ def run(
 def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> None:
     listen(Stage(f"reading {recipe.data.train}"))
     rows = data.load(recipe, place.work, preparing.progress(listen))
+    limits.trim()  # of what reading took, much more than the rows
     if not machine.rank:
         base = bases.resolve(recipe.model, preparing.progress(listen))
         told = resuming.note(place.folder, recipe, rows, base, machine, goes_on=place.found is not None)
@@ -91,13 +94,24 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
     for text in rows.notes:
         listen(Note(text))
     resolved = recipe.model_copy(update={"task": rows.task})
-    most = budget.room(resolved, machine)
-    with _remedied(resolved, machine), limits.held(most, machine.device, listen):
+    with bounded(resolved, machine, listen):
         draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
         if draft is not None:
             listen(Stage("loading what was written, and comparing"))
             shortage.twice(partial(bundle.seal, draft.bundle, machine, draft.probe, draft.expected), machine.device)
             files.publish(place.draft, place.out)
+
+
+@contextmanager
+def bounded(recipe: Recipe, machine: Machine, listen: Listener) -> Iterator[None]:
+    """Hold what is inside to a recipe's budget of memory; where memory runs out, say what changes would save.
+
+    Raises:
+        OutOfMemoryError: Memory ran out where nothing smaller could be tried.
+    """
+    most = budget.room(recipe, machine)
+    with _remedied(recipe, machine), limits.held(most, machine.device, listen):
+        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from lowres_ft import checkpoint, device, stopping
+from lowres_ft import checkpoint, device, limits, stopping
 from lowres_ft.checkpoint import Checkpoint, Contents, Record
 from lowres_ft.plan import Plan
 from lowres_ft.sizes import parse_seconds
@@ -130,7 +130,8 @@ class Keeper:
             if found.name == self.saved:
                 return
             self.saved = found.name
-            if beside and found.bytes < _BESIDE:
+            # A bound of memory, while one is held, would stand for a thread beside, too.
+            if beside and found.bytes < _BESIDE and not limits.held_now():
                 self.thread = threading.Thread(target=self._write, args=(found.copied(), began))
                 self.thread.start()
             else:

@@ -14,13 +14,14 @@ from typing import TypeVar
 import torch
 
 from lowres_ft import limits
-from lowres_ft.errors import OutOfMemoryError
+from lowres_ft.errors import OutOfMemoryError, first_line
 from lowres_ft.plan import Plan
 
 T = TypeVar("T")
 _SAID = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|MPS backend out of memory|std::bad_alloc|can't start new thread|could not create a (primitive|memory|engine)"
+    r"|MPS backend out of memory|std::bad_alloc|can't start new thread"
+    r"|could not create an? (primitive(?! descriptor)|memory|engine)"  # of a descriptor it says what is not supported
 )
 
 
@@ -55,14 +56,28 @@ class Room:
 
 def ran_out(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, says that memory could not be had."""
-    if error is None:
-        return False
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
+    return _origin(error) is not None
+
+
+def said(error: BaseException) -> str:
+    """What the library that ran out of memory says of it, in a line; empty where it says nothing."""
+    origin = _origin(error)
+    return first_line(origin) if origin is not None and str(origin) else ""
+
+
+def exhausted(what: str, said: str, *, hint: str = "") -> OutOfMemoryError:
+    """The error that memory ran out at something, and what a library said of it."""
+    return OutOfMemoryError(f"memory ran out: {what}" + (f" ({said})" if said else ""), hint=hint)
+
+
+def _origin(error: BaseException | None) -> BaseException | None:
+    """The error that says that memory could not be had: a given one, or one that it came from."""
+    if error is None or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return error
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    said = isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
-    return said or ran_out(error.__cause__)
+        return error
+    told = isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
+    return error if told else _origin(error.__cause__)
 
 
 def release(device: str) -> None:
@@ -96,6 +111,7 @@ def named(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemoryError) or not ran_out(error):
             raise
+        told = said(error)
     else:
         return
-    raise OutOfMemoryError(f"memory ran out: {what}")
+    raise exhausted(what, told)

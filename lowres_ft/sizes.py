@@ -8,6 +8,7 @@ _SIZES = {
     **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
 }
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_MOST = 2**62  # bytes or seconds; systems count in 64 bits
 _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)", re.ASCII)
 
 
@@ -15,7 +16,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of a size such as "6GiB" (1024^3) or "500 MB" (1000^2); a part of a byte is left out.
 
     Raises:
-        ValueError: It has no unit, an unknown one, or no whole byte.
+        ValueError: It has no unit, an unknown one, or no whole byte, or is more than can be counted.
     """
     found = int(_parsed(text, _SIZES, "a size such as 6GiB or 500MB"))
     if found < 1:
@@ -27,7 +28,7 @@ def parse_seconds(text: str) -> float:
     """Seconds of a duration such as "90s", "5m" or "1.5h".
 
     Raises:
-        ValueError: It has no unit, an unknown one, or is zero.
+        ValueError: It has no unit, an unknown one, is zero, or is more than can be counted.
     """
     found = _parsed(text, _DURATIONS, "a duration such as 90s, 5m or 1.5h")
     if found <= 0:
@@ -56,7 +57,11 @@ def _parsed(text: str, units: dict[str, float] | dict[str, int], wanted: str) ->
     if match is None or match[2] not in units:
         raise ValueError(f"must be {wanted}, in one of {', '.join(units)}")
     whole = match[1].isdecimal()  # kept an integer, which floats hold exactly up to 2^53 only
-    return (int(match[1]) if whole else float(match[1])) * units[match[2]]
+    short = len(match[1].partition(".")[0].lstrip("0")) < len(str(_MOST))
+    found = (int(match[1]) if whole else float(match[1])) * units[match[2]] if short else _MOST
+    if found >= _MOST:
+        raise ValueError("must be smaller, by far")
+    return found
 
 
 def show_bytes(count: float) -> str:

@@ -140,3 +140,24 @@ def _check_enough(few: Mapping[str, int], shares: Mapping[str, float], classes: 
         + " or ".join(f"data.{name}=null" for name in shares)
         + ("." if len(few) < classes else ". Is this the label column? It is mapped with data.columns.label=NAME."),
     )
+
+
+def nested(keys: Keys, task: Task, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An order of rows whose beginnings are stratified by class, and where each row's group of equal texts ends.
+
+    Returns:
+        (N,) positions, and (N,) how many rows there are up to the end of each one's group.
+    """
+    _, first, group, size = np.unique(keys.groups(), return_index=True, return_inverse=True, return_counts=True)
+    classes = keys.classes(task)[first]
+    random = np.random.default_rng([seed, 3])
+    place = np.empty(len(first))
+    for index in np.unique(classes):
+        own = random.permutation(np.flatnonzero(classes == index))
+        place[own] = (np.arange(len(own)) + random.random()) / len(own)
+        if index >= 0:
+            place[own[0]] -= 1.0  # every class from the beginning on
+    rank = np.empty(len(first), dtype=np.int64)
+    ordered = np.argsort(place, kind="stable")
+    rank[ordered] = np.arange(len(ordered))
+    return np.argsort(rank[group], kind="stable"), np.repeat(np.cumsum(size[ordered]), size[ordered])

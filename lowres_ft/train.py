@@ -8,27 +8,22 @@ that a step depends on beside the data.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lowres_ft import limits, optimizers, shortage, stopping
-from lowres_ft.batches import Tokens, cut, steps, steps_per_epoch
-from lowres_ft.device import Machine, sum_over_processes
-from lowres_ft.errors import OutOfMemoryError, TrainingError
+from lowres_ft import allocator, limits, optimizers, shortage
+from lowres_ft.attempt import Attempt
+from lowres_ft.batches import Tokens, steps, steps_per_epoch
+from lowres_ft.device import Machine
 from lowres_ft.model import Adapted
-from lowres_ft.packing import micro_batches
 from lowres_ft.plan import Plan
 from lowres_ft.recipe import Recipe, TrainSpec
-from lowres_ft.tasks.base import Batch
 
 _FIRST_LOSS_SCALE = 2.0**14
-_SCALE_GROWS_AFTER = 1000  # steps without an overflow
 
 
 @dataclass(frozen=True)
@@ -159,8 +154,10 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
         positions = tokens.of_rows(rows)
         began = time.perf_counter()
         rate = learning_rate(spec, state.step, state.total)
-        loss, norm = _step(state, tokens, positions, plan, machine, rate)
+        loss, norm = _step(Attempt(state, tokens, positions, plan, machine, rate))
         state.step += 1
+        if machine.kind == "cpu":
+            allocator.tidy()
         yield Step(
             number=state.step,
             loss=loss,
@@ -173,162 +170,48 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
 
 
 def rehearse(state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine) -> float:
-    """Take the gradient of a step, and drop it; where memory runs out, from its beginning in smaller micro-batches.
+    """Take the gradient of this process's share of a step, and drop it; smaller micro-batches where memory runs out.
+
+    Nothing is exchanged, as other processes may rehearse more or less often. One without a share takes a sequence.
 
     Returns:
         The seconds that it took, the last time.
 
     Raises:
         OutOfMemoryError: Each sequence passed on its own already, or the plan's cut has to stay.
-        TrainingError: The loss is not finite.
+        TrainingError: The loss or the gradient is not finite.
     """
     scale = state.loss_scale, state.steps_at_scale
+    mine = positions[machine.rank :: machine.processes]
+    mine = mine if len(mine) else positions[:1]
+    alone = replace(machine, processes=1, rank=0)
     while True:
+        attempt = Attempt(state, tokens, mine, plan, alone, rate=0.0)
         began = time.perf_counter()
         try:
-            limits.apart(partial(_gradients, state, tokens, positions, plan, machine, rate=0.0))
+            limits.apart(attempt.gradient)
             return time.perf_counter() - began
         except Exception as error:
             if not shortage.ran_out(error):
                 raise
+            said = shortage.said(error)
         finally:
             state.optimizer.zero_grad(set_to_none=True)
             state.loss_scale, state.steps_at_scale = scale
-        _relieve(state, tokens, positions[machine.rank :: machine.processes], plan)
+        attempt.cut_finer(said)
 
 
-def _step(
-    state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine, rate: float
-) -> tuple[float, float]:
-    """Take a step; where memory runs out, from its beginning again in smaller micro-batches.
+def _step(attempt: Attempt) -> tuple[float, float]:
+    """Take a step, and again where memory runs out.
 
     Returns:
         The loss, and the gradient's norm before clipping.
     """
-    mine = positions[machine.rank :: machine.processes]
     while True:
         try:
-            return limits.apart(partial(_taken, state, tokens, positions, plan, machine, rate))
+            return limits.apart(attempt.take)
         except Exception as error:
             if not shortage.ran_out(error):
                 raise
-        _relieve(state, tokens, mine, plan)
-
-
-def _taken(
-    state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine, rate: float
-) -> tuple[float, float]:
-    """The loss and the gradient's norm of a step that is taken once."""
-    loss = _gradients(state, tokens, positions, plan, machine, rate)
-    return loss, _update(state, rate, tokens, positions)
-
-
-def _relieve(state: TrainState, tokens: Tokens, mine: np.ndarray, plan: Plan) -> None:
-    """Drop what a step had made before memory ran out, and let its largest micro-batch be half as large.
-
-    Raises:
-        OutOfMemoryError: Each sequence passed on its own already, or the plan's cut has to stay.
-    """
-    state.optimizer.zero_grad(set_to_none=True)
-    optimizers.rewind(state.optimizer, state.step)
-    shortage.release(plan.device)
-    if plan.pinned_cut:
-        why = "dropout inside the base ties the result to its micro-batches, so that they cannot be made smaller"
-        raise OutOfMemoryError(f"memory ran out: step {state.step + 1}; {why}", hint="Use model.dropout=0.")
-    parts = list(cut(mine, tokens.lengths, state.cut or plan.micro_batch_tokens))
-    several = [len(part) * int(tokens.lengths[part].max()) for part in parts if len(part) > 1]
-    if not several:
-        where = tokens.where(parts[0][:1])[0]
-        longest = int(tokens.lengths[mine].max())
-        raise OutOfMemoryError(
-            f"memory ran out: step {state.step + 1}, one text at a time, of which {where} has {longest:,} tokens"
-        )
-    state.adapted.room.shrink_training(max(several) // 2, state.step + 1)
-
-
-def _gradients(
-    state: TrainState, tokens: Tokens, positions: np.ndarray, plan: Plan, machine: Machine, rate: float
-) -> float:
-    """Leave the step's gradient in the parameters; return its loss.
-
-    In fp16 a step whose gradient overflows is done again at half the loss scale, not skipped.
-    """
-    parameters = list(state.adapted.trained().values())
-    targets = np.concatenate([tokens.target(position) for position in positions])
-    count = state.adapted.task.counted(targets) or 1.0
-    mine = positions[machine.rank :: machine.processes]
-    while True:
-        state.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=torch.float64)  # on the processor: MPS has no float64
-        for part, batch in micro_batches(mine, tokens, _cut_plan(state, plan), state.adapted):
-            summed = _backward(state, batch, state.loss_scale / count)
-            if not math.isfinite(summed):
-                raise _not_finite("loss", state.step, rate, tokens.where(part))
-            loss += summed / count
-            stopping.check()  # a step that is half done is dropped
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        if machine.processes > 1:
-            sum_over_processes([*gradients, loss])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        if plan.dtype != "float16" or _fits(state, gradients):
-            return float(loss)
-
-
-def _cut_plan(state: TrainState, plan: Plan) -> Plan:
-    """The plan, with micro-batches as small as memory turned out to ask for."""
-    return plan if state.cut is None else plan.model_copy(update={"micro_batch_tokens": state.cut})
-
-
-def _backward(state: TrainState, batch: Batch, scale: float) -> float:
-    """Add the gradient of a micro-batch's summed loss times `scale`; return that sum."""
-    adapted = state.adapted
-    if adapted.model.training:  # dropout inside the base draws from here, whatever was drawn before
-        torch.manual_seed(hash((state.spec.seed, state.step, int(batch.rows.flatten()[0]))))
-    adapted.keys.set(state.step, batch.rows, batch.ids.shape[1], batch.places)
-    try:
-        with adapted.computing():
-            loss = adapted.task.loss(adapted.model, batch)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
-    finally:
-        adapted.keys.clear()
-    return float(loss.detach())
-
-
-def _fits(state: TrainState, gradients: list[Tensor]) -> bool:
-    """Take the loss scale out of fp16 gradients; if they overflowed, halve it and return False."""
-    if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        for gradient in gradients:
-            gradient.div_(state.loss_scale)
-        state.steps_at_scale += 1
-        if state.steps_at_scale == _SCALE_GROWS_AFTER:
-            state.loss_scale, state.steps_at_scale = state.loss_scale * 2, 0
-        return True
-    if state.loss_scale < 2.0**-10:
-        raise TrainingError(
-            f"step {state.step + 1}: the gradient overflows fp16 at any loss scale", hint=_NOT_FINITE_HINT
-        )
-    state.loss_scale, state.steps_at_scale = state.loss_scale / 2, 0
-    return False
-
-
-def _update(state: TrainState, rate: float, tokens: Tokens, positions: np.ndarray) -> float:
-    """Clip the gradient and take the optimizer's step; return the norm before clipping."""
-    parameters = list(state.adapted.trained().values())
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, state.spec.clip or math.inf))
-    if not math.isfinite(norm):
-        raise _not_finite("gradient", state.step, rate, tokens.where(positions))
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
-    state.optimizer.step()
-    return norm
-
-
-_NOT_FINITE_HINT = "Lower train.learning_rate, or use model.dtype=float32."
-_AT_ONCE_HINT = "Nothing was learned yet: the base's weights are at fault, or model.dtype=float32 is needed."
-
-
-def _not_finite(what: str, step: int, rate: float, rows: list[str]) -> TrainingError:
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    told = f"step {step + 1}: the {what} is not finite (learning rate {rate:g}; rows {shown})"
-    return TrainingError(told, hint=_NOT_FINITE_HINT if step else _AT_ONCE_HINT)
+            said = shortage.said(error)
+        attempt.relieve(said)

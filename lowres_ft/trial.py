@@ -88,9 +88,15 @@ def choose(
 ) -> Plan:
     """The plan with the cut that is fastest here, where the run is long enough to find out; timed once and kept.
 
-    Coarser cuts than the plan's are not tried: its memory was counted on.
+    Coarser cuts than the plan's are not tried: its memory was counted on. All processes take the first one's choice.
     """
-    subject = _subject(recipe, adapted, tokens, plan, machine)
+    chosen = _chosen(_subject(recipe, adapted, tokens, plan, machine), plan, expected)
+    return plan.model_copy(update={"micro_batch_tokens": int(device.same_for_all(machine, str(chosen)))})
+
+
+def _chosen(subject: _Subject, plan: Plan, expected: Expected) -> int:
+    """Tokens of the micro-batches by which a step takes least in this process."""
+    recipe, tokens, machine = subject.recipe, subject.tokens, subject.machine
     step = subject.typical()
     cuts = [plan.micro_batch_tokens]
     while not plan.pinned_cut and cuts[-1] // 2 >= max(FEW_TOKENS, expected.course.width):
@@ -99,12 +105,11 @@ def choose(
     cuts = [plan.micro_batch_tokens, *(most for most in cuts[1:] if len(shapes(tokens["train"], step, most)) > 1)]
     known = expected.seconds
     if len(cuts) == 1 or known is None or 3 * len(cuts) * known / expected.course.steps > _SHARE * known:
-        return plan
+        return plan.micro_batch_tokens
     made = plan.model_dump(mode="json", exclude={"evaluation_tokens"})
     task, base, method = (part.model_dump(mode="json") for part in (recipe.task, recipe.model, recipe.method))
     what = f"cut {made} {task} {base} {method} {recipe.train.batch_size} {expected.course.typical}"
-    chosen = timings.once(machine, plan.dtype, what, lambda: _fastest(subject, step, plan, cuts))
-    return plan.model_copy(update={"micro_batch_tokens": chosen})
+    return int(timings.once(machine, plan.dtype, what, lambda: _fastest(subject, step, plan, cuts)))
 
 
 def _fastest(subject: _Subject, step: np.ndarray, plan: Plan, cuts: list[int]) -> int:

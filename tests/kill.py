@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from lowres_ft import checkpoint, fitting, train
+from lowres_ft import attempt, checkpoint, fitting
 from lowres_ft.bundle import open_bundle
 from lowres_ft.events import Event, Stage
 from lowres_ft.pipeline import run
@@ -175,17 +175,17 @@ def running(recipe: Recipe, out: Path, tell: Callable[[str], None], pause: float
 
     wrap(checkpoint, "save", "S")
     wrap(fitting, "_evaluate", "E")
-    wrap(train, "_gradients", "T")
+    wrap(attempt.Attempt, "gradient", "T")
     if pause:
-        update = train._update
+        update = attempt._update
 
         def paused(*arguments: Any, **options: Any) -> Any:
             norm = update(*arguments, **options)
             time.sleep(pause)
             return norm
 
-        train._update = paused
-    wrap(train, "_update", "T")
+        attempt._update = paused
+    wrap(attempt, "_update", "T")
     tell("L")
     run(recipe, out, device_name="cpu", listen=listen, resume=True)
 

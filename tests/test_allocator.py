@@ -8,6 +8,10 @@ import pytest
 
 from lowres_ft import allocator
 
+huge_pages = pytest.mark.skipif(
+    not allocator._SETTING.exists() or "[never]" in allocator._SETTING.read_text(),
+    reason="the system has no huge pages",
+)
 GROWTH = """
 from lowres_ft import allocator
 import torch
@@ -77,6 +81,28 @@ def test_pytorch_asks_where_it_is_told_to(told):
     assert done.stdout.strip() == str(told == "1")
 
 
+HOLES = """
+from lowres_ft import allocator
+import torch
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.ones(2**20)
+allocator.settle()
+before = resident()
+large, kept = [], []
+for _ in range(150):  # too small to be mapped, with small things between them
+    large.append(torch.ones(2**20, dtype=torch.uint8))
+    kept.append(torch.ones(2**12, dtype=torch.uint8))
+held = resident()
+del large
+freed = resident()
+allocator.tidy()
+print(held - before > 145 * 2**20, freed > held - 2**22, resident() - before < 2**23)
+"""
+
+
 @pytest.mark.skipif(
     not allocator._SETTING.exists() or "[never]" in allocator._SETTING.read_text(),
     reason="the system has no huge pages",
@@ -84,3 +110,9 @@ def test_pytorch_asks_where_it_is_told_to(told):
 def test_freed_memory_is_given_back():
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
+
+
+@huge_pages
+def test_holes_in_the_heap_are_given_back_where_they_have_become_many():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "True"]

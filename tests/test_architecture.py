@@ -19,7 +19,7 @@ LAYERS = (
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
     " arrow simulate memory speed pace budget mapped streaming folders shortage",
     "train optimizers evaluate significance bundle border probes card merging prediction generation contrast comparison"
-    " checks checking powerlaw checkpoint saving course expectation trial passport",
+    " attempt checks checking powerlaw checkpoint saving course expectation trial passport",
     "report exhibits page fitting pipeline preparing resuming runs curve plotting forecast doctor",
     "cli __main__",
 )

@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +146,43 @@ def test_a_real_account_fits_what_it_says(made):
     assert budget.within(recipe, base, profile, plan, device.find("cpu")) in list(budget.plans(recipe, plan, profile))
 
 
+def test_nothing_is_accounted_for_twice(made, monkeypatch):
+    recipe, base, profile, plan = made("budget.memory=1MiB")
+    asked = []
+
+    def counted(one, base, profile, by, lengths):
+        asked.append((one, by))
+        if one.model.quantize == "nf4":
+            raise ModelError("its blocks do not divide the widths")
+        return SimpleNamespace(total=large(one, by)), None
+
+    monkeypatch.setattr(memory, "estimate", counted)
+    with pytest.raises(ModelError, match="this run needs"):
+        budget.within(recipe, base, profile, plan, device.find("cpu"))
+    assert any(one.model.quantize == "nf4" for one, _ in asked)
+    keys = [one.model_dump_json() + by.model_dump_json() for one, by in asked]
+    assert len(keys) == len(set(keys)) > len(list(budget.plans(recipe, plan, profile)))
+
+
+@pytest.mark.parametrize("command", ["recipe", "plan"])
+def test_a_base_that_cannot_be_accounted_for_ends_in_one_error_where_memory_is_bound(
+    command, lowres, bases, reviews, tmp_path, monkeypatch
+):
+    def fails(*_):
+        raise RuntimeError("data-dependent\nmore")
+
+    monkeypatch.setattr(limits, "held", lambda *_: nullcontext())
+    monkeypatch.setattr(memory, "estimate", fails)
+    path = tmp_path / "mine.yaml"
+    path.write_text(conftest.recipe(bases("bert"), reviews, "budget.memory=2GiB").to_yaml(), encoding="utf-8")
+    code, _, told = lowres(command, path, *(("--out", tmp_path / "out") if command == "recipe" else ()), "--quiet")
+    assert code == 2
+    assert told.splitlines()[-2:] == [
+        "error: what this base takes cannot be told before it runs: data-dependent",
+        "hint: A run without budget.memory may well work.",
+    ]
+
+
 def test_a_run_that_cannot_fit_ends_before_weights_are_read(lowres, bases, reviews, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "held", lambda *_: nullcontext())  # the process of the tests takes more already
     path = tmp_path / "mine.yaml"
@@ -156,7 +194,7 @@ def test_a_run_that_cannot_fit_ends_before_weights_are_read(lowres, bases, revie
     assert "loading" not in told
 
 
-@pytest.mark.parametrize("value", ["6", "lots", "0GiB", "6gib"])
+@pytest.mark.parametrize("value", ["6", "lots", "0GiB", "6gib", ".5GiB", "9000000TiB", "9" * 400 + "GiB"])
 def test_a_budget_is_a_size(value, bases, reviews):
     with pytest.raises(RecipeError, match=r"budget\.memory: must be"):
         conftest.recipe(bases("bert"), reviews, f"budget.memory='{value}'")
@@ -173,5 +211,8 @@ def test_auto_leaves_a_reserve(made, monkeypatch):
     monkeypatch.setattr(device, "free_bytes", lambda _: 10 * 2**30)
     monkeypatch.setattr(device, "total_bytes", lambda _: 40 * 2**30)
     assert budget.room(made("budget.memory=auto")[0], device.find("cpu")) == 8 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each leaves its share
+    assert budget.room(made("budget.memory=auto")[0], device.find("cpu")) == 10 * 2**30 - 2**29
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(device, "total_bytes", lambda _: 2**30)
     assert budget.room(made("budget.memory=auto")[0], device.find("cpu")) == 10 * 2**30 - 512 * 2**20

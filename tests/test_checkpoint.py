@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowres_ft import checkpoint, saving
+from lowres_ft import checkpoint, limits, saving
 from lowres_ft.checkpoint import Record, contents, load, newest, save
 from lowres_ft.errors import RecipeError
 from lowres_ft.saving import Keeper
@@ -152,3 +152,33 @@ def test_the_end_of_training_is_saved_where_that_takes_less_than_its_share(
         keeper.cost = cost
         now[0] += after
     assert written == [False] * saved
+
+
+def test_under_a_bound_of_memory_none_is_written_beside_training(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prepared, state = begun(recipe(bases(), reviews), tmp_path / "work")
+    for held, name in ((True, "held"), (False, "free")):
+        monkeypatch.setattr(limits, "held_now", lambda held=held: held)
+        keeper = Keeper(tmp_path / name, every=1)
+        keeper.keep(state, Record(), prepared.plan)
+        assert (keeper.thread is None) == held
+        keeper._wait()
+        assert newest(tmp_path / name)[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "left"), [(None, None, None), (512, None, 512), (None, 256, 256), (512, 256, 256), (128, 256, 128)]
+)
+def test_a_run_goes_on_by_the_smaller_of_the_cuts_that_were_found_out(
+    bases: Bases, reviews: Path, tmp_path: Path, then: int | None, now: int | None, left: int | None
+):
+    prepared, state = begun(recipe(bases(), reviews), tmp_path / "work", 1)
+    room = prepared.adapted.room
+    room.training, room.evaluation = then, now
+    save(contents(state, Record(), prepared.plan), tmp_path / "checkpoints")
+    room.training, room.evaluation = now, then
+    found, _ = newest(tmp_path / "checkpoints")
+    assert found is not None
+    load(found, state, prepared.plan)
+    assert (state.cut, room.training, room.evaluation) == (left, left, left)

@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lowres_ft import batches, curve, data, device, evaluate, fitting, preparing
+from lowres_ft import batches, curve, data, device, evaluate, fitting, limits, preparing, splits
 from lowres_ft.curve import Score
-from lowres_ft.errors import DataError, LowresError
+from lowres_ft.data import Data
+from lowres_ft.errors import DataError, LowresError, OutOfMemoryError
 from lowres_ft.pipeline import run
 from lowres_ft.recipe import Recipe
 from lowres_ft.runs import run_folder
+from lowres_ft.splits import Keys
 from tests import planted
 from tests.conftest import prepare, recipe
 
@@ -25,12 +28,16 @@ def rows(tmp_path: Path) -> Path:
     return planted.write(tmp_path / "rows.csv", planted.reviews(240, 1))
 
 
+def nested(loaded: Data, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    return splits.nested(Keys(loaded.train.keys(), loaded.train.labels), loaded.task, seed)
+
+
 def fresh(wanted: Recipe, work: Path, seed: int, size: int) -> float:
     """The score of a run of its own on the rows of a size: everything is loaded and tokenized again."""
     work.mkdir()
     machine = device.find("cpu")
     loaded = data.load(wanted, work)
-    order, ends = curve.nested(loaded.train, loaded.task, seed)
+    order, ends = nested(loaded, seed)
     chosen = loaded.train.take(np.sort(order[: ends[size - 1]]))
     spec = wanted.train.model_copy(update={"seed": seed})
     resolved = wanted.model_copy(update={"task": loaded.task.weigh(chosen.examples(loaded.task)), "train": spec})
@@ -80,7 +87,7 @@ def test_sizes_are_nested_stratified_and_keep_equal_texts_together(bases: Bases,
     source = planted.write(tmp_path / "rows.csv", texts + texts[:30])
     (tmp_path / "work").mkdir()
     loaded = data.load(recipe(bases(), source, "data.validation=null"), tmp_path / "work")
-    order, ends = curve.nested(loaded.train, loaded.task, 3)
+    order, ends = nested(loaded, 3)
     keys, labels = loaded.train.keys().values, loaded.train.labels
     assert sorted(order) == list(range(len(loaded.train)))
     for size in (10, 40, 100):
@@ -90,7 +97,7 @@ def test_sizes_are_nested_stratified_and_keep_equal_texts_together(bases: Bases,
         assert not np.isin(keys[inside], keys[outside]).any()
         share = np.mean([labels[row] == ("bad",) for row in inside])
         assert abs(share - 0.1) <= 1 / count + 1e-9
-    assert not np.array_equal(order, curve.nested(loaded.train, loaded.task, 4)[0])
+    assert not np.array_equal(order, nested(loaded, 4)[0])
 
 
 def test_every_class_is_there_from_the_beginning(bases: Bases, tmp_path: Path):
@@ -99,7 +106,7 @@ def test_every_class_is_there_from_the_beginning(bases: Bases, tmp_path: Path):
     (tmp_path / "work").mkdir()
     source = planted.write(tmp_path / "rows.csv", rare)
     loaded = data.load(recipe(bases(), source, "data.validation=null"), tmp_path / "work")
-    order, ends = curve.nested(loaded.train, loaded.task, 7)
+    order, ends = nested(loaded, 7)
     assert {loaded.train.labels[row] for row in order[: ends[1]]} == {("bad",), ("good",)}
 
 
@@ -203,3 +210,19 @@ def test_several_processes_are_refused(bases: Bases, rows: Path, tmp_path: Path,
     monkeypatch.setattr(device, "find", lambda name: machine)
     with pytest.raises(LowresError, match="a curve is made by one process"):
         curve.measure(recipe(bases(), rows), tmp_path)
+
+
+def test_a_curve_is_held_to_its_budget_and_says_what_would_help(
+    bases: Bases, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held: list[object] = []
+    monkeypatch.setattr(limits, "held", lambda most, *_: nullcontext(held.append(most)))
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(fitting, "fit", full)
+    with pytest.raises(OutOfMemoryError, match="memory ran out") as caught:
+        curve.measure(recipe(bases(), rows, "budget.memory=3GiB"), tmp_path, sizes=(32,), device_name="cpu")
+    assert held == [3 * 2**30]
+    assert "model.quantize=int8 saves" in caught.value.hint

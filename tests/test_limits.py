@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["recipe", "curve"])
+@pytest.mark.parametrize("command", ["recipe", "curve", "plan"])
 def test_a_bound_below_what_libraries_take_is_refused_before_they_are_imported(command):
     code = (
         "import atexit, json, sys; from lowres_ft.cli.main import main;"
@@ -34,10 +35,13 @@ def test_a_bound_below_what_libraries_take_is_refused_before_they_are_imported(c
     assert json.loads(done.stdout) == []
 
 
-def test_the_floor_is_that_of_the_device():
+def test_the_floor_is_that_of_the_device(monkeypatch):
     fitted = tables.read("memory")
     assert limits.floor("cpu") == fitted["cpu"]["libraries"] + fitted["cpu"]["model_code"]
-    assert limits.floor("auto") == min(limits.floor("cpu"), limits.floor("cuda:1"))
+    monkeypatch.setattr(limits, "_may_have_gpu", lambda: True)
+    assert limits.floor("auto") == min(limits.floor("cpu"), limits.floor("cuda:1")) < limits.floor("cpu")
+    monkeypatch.setattr(limits, "_may_have_gpu", lambda: False)
+    assert limits.floor("auto") == limits.floor("cpu")
     limits.require(load_recipe("sentiment-lora", [f"budget.memory={limits.floor('cpu')}B"]), "cpu")
     limits.require(load_recipe("sentiment-lora", ["budget.memory=auto"]), "cpu")
     with pytest.raises(ModelError, match="libraries alone take"):
@@ -100,8 +104,70 @@ def test_a_limit_from_outside_stays():
 
 @linux
 def test_a_process_that_takes_more_already_is_told():
-    done = python("from lowres_ft import limits; limits.held(2**20, 'cpu', print).__enter__()")
-    assert "before the base is loaded, and may take 1.0 MiB" in done.stderr
+    code = (
+        "from lowres_ft import limits, errors\n"
+        "try: limits.held(2**20, 'cpu', print).__enter__()\n"
+        "except errors.OutOfMemoryError as error: print(error.message, [error.hint])"
+    )
+    told = python(code).stdout
+    assert told.endswith("before the base is loaded, and may take 1.0 MiB ['']\n")  # so that remedies are added
+
+
+INTERRUPTED = """
+import os, resource, signal, sys, threading, time
+from lowres_ft import limits, stopping
+from lowres_ft.events import unheard
+
+def work():
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    until = time.monotonic() + 60
+    try:
+        while time.monotonic() < until:
+            time.sleep(0.01)
+            limits.look()
+    finally:
+        time.sleep(0.3)
+        ended.append(time.monotonic() < until)
+
+if sys.argv[1] == "command":
+    stopping.install()
+before, ended = resource.getrlimit(resource.RLIMIT_DATA), []
+with limits.held(100 << 30, "cpu", unheard):
+    for _ in range(2 if sys.argv[1] == "library" else 1):
+        try:
+            limits.apart(work)
+        except (KeyboardInterrupt, SystemExit) as error:
+            print(type(error).__name__, ended.pop(), resource.getrlimit(resource.RLIMIT_DATA) == before)
+    print(limits.apart(lambda: 7))
+"""
+
+
+@linux
+@pytest.mark.parametrize(("where", "told"), [("library", 2 * ["KeyboardInterrupt"]), ("command", ["Stopped"])])
+def test_an_interrupt_waits_until_what_computes_has_ended(where, told):
+    done = python(INTERRUPTED, where)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [*(f"{kind} True True" for kind in told), "7"]
+
+
+@linux
+def test_a_bound_within_another_leaves_that_one(monkeypatch):
+    monkeypatch.setattr(limits.Limit, "now", classmethod(lambda cls, most: cls(most)))
+    with limits.held(2 << 30, "cpu", unheard):
+        with limits.held(1 << 30, "cpu", unheard):
+            assert limits._limit == limits.Limit(1 << 30)
+        assert limits._limit == limits.Limit(2 << 30)
+    assert not limits.held_now()
+
+
+def test_what_arrow_keeps_is_given_back_where_arrow_is_there(monkeypatch):
+    released = []
+    pool = SimpleNamespace(release_unused=lambda: released.append(1))
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(default_memory_pool=lambda: pool))
+    limits.trim()
+    monkeypatch.delitem(sys.modules, "pyarrow")
+    limits.trim()
+    assert released == [1]
 
 
 def test_a_gpu_s_share_is_what_the_context_leaves_and_is_given_back(monkeypatch):
@@ -111,12 +177,18 @@ def test_a_gpu_s_share_is_what_the_context_leaves_and_is_given_back(monkeypatch)
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append((share, device))
     )
-    context = tables.read("memory")["cuda"]["libraries"]
-    with limits.held(context + 2 * 10**9, "cuda:1", unheard):
-        assert shares == [(0.25, "cuda:1")]
-    assert shares[-1] == (1.0, "cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: before[device], raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: shares.append("emptied"))
+    before = {"cuda:0": 1.0, "cuda:1": 0.5}
+    with limits.held(limits.context() + 2 * 10**9, "cuda:1", unheard):
+        assert shares == ["emptied", (0.25, "cuda:1")]
+    assert shares[-1] == (0.5, "cuda:1")
     with limits.held(10**12, "cuda:0", unheard):
         assert shares[-1] == (1.0, "cuda:0")
+    monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction")  # an older PyTorch
+    with limits.held(limits.context() + 2 * 10**9, "cuda:1", unheard):
+        pass
+    assert shares[-1] == (1.0, "cuda:1")
 
 
 def test_where_nothing_can_hold_a_process_that_is_told():

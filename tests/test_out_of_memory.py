@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowres_ft import data, evaluate, fitting, model, packing, shortage
+from lowres_ft import attempt, data, evaluate, fitting, model, packing, shortage
 from lowres_ft.batches import Tokens, collate
 from lowres_ft.errors import OutOfMemoryError
 from lowres_ft.fitting import Ready
@@ -184,6 +184,45 @@ def test_an_error_in_the_optimizer_leaves_its_state_as_it_was(wanted, undisturbe
     assert_same(adapter(found.folder), undisturbed)
 
 
+@pytest.mark.parametrize("where", ["_backward", "_update", "sum_over_processes"])
+def test_a_gradient_is_exchanged_once_wherever_memory_runs_out(wanted, tmp_path, monkeypatch, where):
+    """As the first of two processes, which has every other sequence of a step."""
+    fitted = Fitted(wanted, tmp_path / "work")
+    fitted.machine = replace(fitted.machine, processes=2)
+    exchanged, calls = [], []
+    monkeypatch.setattr(attempt, "sum_over_processes", lambda tensors: exchanged.append(len(tensors)))
+    losses, expected = fitted.fit()
+    assert len(exchanged) == len(losses) == 4
+    real = getattr(attempt, where)
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            if where == "_update":  # in its midst
+                arguments[-1].pop().mul_(min(1.0, 1.0 / arguments[2]))
+            raise KINDS[0]()
+        return real(*arguments)
+
+    monkeypatch.setattr(attempt, where, failing)
+    found, tensors = fitted.fit()
+    assert len(exchanged) == 8
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert_same(tensors, expected)
+
+
+def test_an_update_that_fails_twice_ends_in_one_error_that_says_what_the_library_said(wanted, tmp_path, monkeypatch):
+    fitted = Fitted(wanted, tmp_path / "work")
+
+    def failing(*_: Any) -> None:
+        raise KINDS[0]()
+
+    monkeypatch.setattr(attempt, "_update", failing)
+    with pytest.raises(
+        OutOfMemoryError, match=r"step 1, .* stands \(\[enforce fail .* can't allocate memory.*4096 bytes"
+    ):
+        fitted.fit()
+
+
 def test_dropout_inside_the_base_keeps_the_cut(wanted, tmp_path, monkeypatch):
     tied = wanted.model_copy(update={"model": wanted.model.model_copy(update={"dropout": 0.1})})
     Small(64, monkeypatch)
@@ -209,12 +248,21 @@ def test_loading_is_tried_twice(wanted, undisturbed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyError("memory")]
+    "error",
+    [
+        RuntimeError("shapes do not match"),
+        RuntimeError("could not create a primitive descriptor for the matmul primitive"),
+        *(ValueError("out of memory"), KeyError("memory")),
+    ],
 )
 def test_other_errors_are_not_taken_for_it(error):
     assert not shortage.ran_out(error)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_libraries_say_is_known(kind):
-    assert shortage.ran_out(kind())
+@pytest.mark.parametrize("kind", [*KINDS, lambda: RuntimeError("could not create a primitive")])
+def test_what_libraries_say_is_known_and_kept(kind):
+    error = kind()
+    assert shortage.ran_out(error)
+    with pytest.raises(OutOfMemoryError) as caught, shortage.named("loading"):
+        raise RuntimeError("a layer") from error
+    assert str(caught.value) == (f"memory ran out: loading ({error})" if str(error) else "memory ran out: loading")

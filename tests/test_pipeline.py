@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from lowres_ft import data, device, limits, pipeline
 from lowres_ft.bundle import Bundle
-from lowres_ft.errors import DataError, ModelError, OutputError, TrainingError
+from lowres_ft.errors import BundleError, DataError, ModelError, OutputError, TrainingError
 from lowres_ft.events import Evaluated, Event, Note, Trained
 from lowres_ft.pipeline import run
 from lowres_ft.preparing import rehearse
@@ -185,6 +186,23 @@ def test_a_rehearsal_trains_nothing(bases: Bases, reviews: Path, tmp_path: Path,
     assert found.steps == 18
     assert 0 < found.trainable_parameters < found.profile.parameters
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_begins_with_a_peak_of_its_own_and_gives_back_what_reading_took(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done: list[str] = []
+
+    def noted(module: object, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: (done.append(name), real(*given))[1])
+
+    for module, name in ((device, "forget_peak"), (data, "load"), (limits, "trim")):
+        noted(module, name)
+    monkeypatch.setattr(pipeline, "_experiment", lambda *_: None)
+    with pytest.raises(BundleError):
+        run(recipe(bases(), reviews), tmp_path / "out", device_name="cpu")
+    assert done == ["trim", "forget_peak", "load", "trim"]
 
 
 def test_two_processes_do_the_same_experiment_as_one(bases: Bases, reviews: Path, tmp_path: Path):

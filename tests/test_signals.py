@@ -117,11 +117,53 @@ def test_a_signal_saves_the_last_whole_step(long: Recipe, tmp_path: Path, number
     ]
 
 
+IN_AN_EVALUATION = """
+import os, resource, signal, sys, threading, time
+from lowres_ft import checkpoint, evaluate, train
+from lowres_ft.cli.main import main
+
+steps, sent, before = [], [], resource.getrlimit(resource.RLIMIT_DATA)
+values, step, save = evaluate._values, train._step, checkpoint.save
+
+def slow(*arguments):
+    if len(steps) > 3 and not sent:
+        sent.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start())
+        time.sleep(0.5)
+    return values(*arguments)
+
+def counted(*arguments):
+    steps.append(step(*arguments))
+    return steps[-1]
+
+def unbounded(*arguments):
+    print("unbounded", resource.getrlimit(resource.RLIMIT_DATA) == before, flush=True)
+    return save(*arguments)
+
+evaluate._values, train._step, checkpoint.save = slow, counted, unbounded
+sys.argv[0] = "lowres-ft"
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is held to a bound on Linux alone")
+def test_a_signal_in_an_evaluation_under_a_bound_saves_the_last_step(long: Recipe, tmp_path: Path):
+    place = tmp_path / "long.yaml"
+    place.write_text(long.to_yaml())
+    command = [sys.executable, "-c", IN_AN_EVALUATION, "recipe", str(place), "--out", str(tmp_path / "out")]
+    command += ["--device", "cpu", "--quiet", "budget.memory=4GiB", "budget.probe=false", "train.evaluate_every=4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "unbounded True\n"), done.stderr
+    assert done.stderr.startswith("interrupted\n")
+    assert len(done.stderr.splitlines()) == 2  # and what is kept
+    (kept,) = (tmp_path / "out.run" / "checkpoints").iterdir()
+    assert json.loads((kept / "state.json").read_text())["step"] == 4
+
+
 @pytest.mark.usefixtures("heard")
 def test_a_run_stopped_in_a_step_and_in_an_evaluation_goes_on_to_the_same_bytes(
     bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from lowres_ft import evaluate, train
+    from lowres_ft import attempt, evaluate
 
     changes = ("train.evaluate_every=3", "train.checkpoint_every=none", "budget.probe=false")
     wanted = recipe(bases(), reviews, "train.steps=9", *changes)
@@ -142,9 +184,9 @@ def test_a_run_stopped_in_a_step_and_in_an_evaluation_goes_on_to_the_same_bytes(
             run(wanted, tmp_path / "out", device_name="cpu", resume=True)
         monkeypatch.undo()
 
-    stopped_in(train, "_backward", 2)
+    stopped_in(attempt, "_backward", 2)
     names = []
-    for module, name, call in ((evaluate, "outputs", 1), (train, "_update", 2)):
+    for module, name, call in ((evaluate, "outputs", 1), (attempt, "_update", 2)):
         stopped_in(module, name, call)
         names += [path.name for path in (tmp_path / "out.run" / "checkpoints").iterdir()]
     assert "00000003-00000" in names  # before its evaluation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowres_ft import model, optimizers
-from lowres_ft import train as training
+from lowres_ft.attempt import Attempt
 from lowres_ft.batches import collate, cut, steps, steps_per_epoch
 from lowres_ft.errors import TrainingError
 from lowres_ft.pipeline import run
@@ -27,7 +27,7 @@ def gradients(prepared: Prepared, micro_batch_tokens: int) -> dict[str, Tensor]:
     state = prepared.start()
     plan = prepared.plan.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
     positions = next(steps(prepared.tokens["train"], 32, 7))
-    training._gradients(state, prepared.tokens["train"], positions, plan, prepared.machine, 0.0)
+    Attempt(state, prepared.tokens["train"], positions, plan, prepared.machine, 0.0).gradient()
     return {name: p.grad.clone() for name, p in prepared.adapted.trained().items() if p.grad is not None}
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lowres_ft import attempt, device, expectation, memory, pace, profiles, train, trial
 from lowres_ft import course as courses
-from lowres_ft import expectation, memory, pace, profiles, train, trial
 from lowres_ft.course import Clock, Course
+from lowres_ft.errors import ModelError
 from lowres_ft.expectation import Expected
 from lowres_ft.pace import UNKNOWN, Pace
 from lowres_ft.pipeline import run
@@ -75,21 +76,21 @@ def test_the_longest_texts_are_tried(bases: Bases, reviews: Path, tmp_path: Path
     trial.run(*subject(ready), expected(ready))
     lengths = ready.tokens["train"].lengths
     assert lengths[seen[0]].min() >= np.sort(lengths)[-len(seen[0])]
-    assert len(list(train.cut(seen[0], lengths, 40))) == 2
+    assert len(list(attempt.cut(seen[0], lengths, 40))) == 2
 
 
 def test_memory_that_runs_out_in_a_trial_makes_the_cut_finer(
     bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ready = prepare(recipe(bases(), reviews), tmp_path)
-    taken = train._backward
+    taken = attempt._backward
 
-    def narrow(state: train.TrainState, batch: train.Batch, scale: float) -> float:
+    def narrow(state: train.TrainState, batch: attempt.Batch, scale: float) -> float:
         if batch.ids.numel() > 64:
             raise torch.OutOfMemoryError("no more")
         return taken(state, batch, scale)
 
-    monkeypatch.setattr(train, "_backward", narrow)
+    monkeypatch.setattr(attempt, "_backward", narrow)
     found = trial.run(*subject(ready), expected(ready))
     assert ready.adapted.room.training is not None
     assert ready.adapted.room.training <= 64
@@ -115,6 +116,25 @@ def test_a_finer_cut_is_taken_where_it_is_clearly_faster(
     assert trial.choose(*subject(ready), expected(ready)).micro_batch_tokens == chosen  # it was kept
 
 
+def test_several_processes_rehearse_by_themselves_and_take_the_first_one_s_cut(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ready = prepare(recipe(bases(), reviews), tmp_path, micro_batch_tokens=512)
+    third = dataclasses.replace(ready.machine, processes=3, rank=2)
+
+    def exchanged(*_: object) -> None:
+        raise AssertionError("a process that rehearses more often than others waits for them for ever")
+
+    monkeypatch.setattr(attempt, "sum_over_processes", exchanged)
+    for count in (7, 1):  # of one sequence the third process has no share
+        assert train.rehearse(ready.start(), ready.tokens["train"], np.arange(count), ready.plan, third) > 0
+    monkeypatch.setattr(
+        device, "same_for_all", lambda machine, text: {"512": "128"}[text] if machine == third else text
+    )
+    tried = trial.choose(ready.recipe, ready.adapted, ready.tokens, ready.plan, third, expected(ready))
+    assert tried.micro_batch_tokens == 128
+
+
 def test_the_course_has_the_micro_batches_of_the_run(bases: Bases, reviews: Path, tmp_path: Path):
     ready = prepare(recipe(bases(), reviews, "train.batch_size=7", "train.epochs=2"), tmp_path, micro_batch_tokens=40)
     found = Course.of(ready.recipe, ready.plan, ready.tokens)
@@ -122,7 +142,7 @@ def test_the_course_has_the_micro_batches_of_the_run(bases: Bases, reviews: Path
     state = ready.start()
     for rows in itertools.islice(courses.batches.steps(ready.tokens["train"], 7, ready.recipe.train.seed), found.steps):
         positions = ready.tokens["train"].of_rows(rows)
-        for _, batch in train.micro_batches(positions, ready.tokens["train"], ready.plan, ready.adapted):
+        for _, batch in attempt.micro_batches(positions, ready.tokens["train"], ready.plan, ready.adapted):
             seen.append(tuple(batch.ids.shape))
     assert found.steps == state.total
     assert [shape for step in found.sample for shape in step] == seen
@@ -158,6 +178,15 @@ def test_time_to_finish_goes_from_what_was_told_to_what_was_measured():
     assert Clock(course, None).left(step(1, tokens=50)) == pytest.approx(999 * 2.0)  # a short step is no fast one
 
 
+@pytest.mark.parametrize(("steps", "left"), [(6, [2, 2, 2, 1, 1, 1]), (7, [3, 3, 3, 2, 2, 2, 1])])
+def test_the_evaluation_of_a_step_that_was_just_done_is_still_to_come(steps: int, left: list[int]):
+    course = Course(steps, 3, (((10, 10),),), tokens=100.0, evaluation=((10, 10),), held_out=1.0, width=10)
+    told = Pace(start=0.0, token=0.01, pair=0.0, link=0.0, update=0.0, evaluation=1000.0)
+    clock = Clock(course, told)
+    found = [clock.left(Step(number, 0.0, 0.0, 0.0, 10, 100, 1.0)) for number in range(1, steps + 1)]
+    assert [round(seconds / told.of_evaluation((10, 10))) for seconds in found] == left
+
+
 def test_a_pace_is_corrected_between_what_was_timed():
     base = Pace(start=1.0, token=0.5, pair=0.25, link=0.0, update=0.0, evaluation=0.5)
     assert base.seconds((2, 4)) == 1.0 + 8 * (0.5 + 0.25 * 4)
@@ -185,6 +214,19 @@ def test_what_is_expected_comes_from_accounts_of_the_longest_and_the_typical(
     assert expectation.expect(*given) == found  # kept, not accounted for again
     longer = dataclasses.replace(course, sample=(((8, 17),),))
     assert "cannot be told" in expectation.expect(*given[:-1], longer).untold
+
+
+def test_what_cannot_be_trained_as_asked_is_told_before_it_runs(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path / "cache"))
+
+    def refuses(*_: object) -> None:
+        raise ModelError("int8 needs bitsandbytes")
+
+    monkeypatch.setattr(memory, "estimate", refuses)
+    with pytest.raises(ModelError, match="int8 needs bitsandbytes"):
+        rehearse(recipe(bases(), reviews), device_name="cpu")
 
 
 def test_a_model_that_cannot_be_accounted_for_is_trained_all_the_same(
