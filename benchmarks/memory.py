@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import shapes
 from benchmarks.memory_runs import FITTED, JUDGED, Run
 from lowres_ft import bases, device, files, memory, profiles
-from lowres_ft.memory import Fitted, Memory
+from lowres_ft.memory import Memory
 from lowres_ft.plan import Plan
 
 _ROWS = 250
@@ -34,7 +34,11 @@ class Result:
     run: Run
     told: Memory
     in_heap: float
-    """Most bytes that a micro-batch has in blocks too small to be mapped by themselves."""
+    """Most bytes that a micro-batch has in the heap."""
+    mapped: bool
+    """Whether large tensors were mapped by themselves."""
+    single: bool
+    """Whether the weights were held in fp32."""
     measured: int
 
     @property
@@ -68,30 +72,32 @@ def result(run: Run, work: Path) -> Result:
     recipe = shapes.recipe(base, rows, run.task, run.length, *run.settings)
     known = bases.resolve(recipe.model)
     cut = [(rows, width) for rows, width in found["micro_batches"]]
-    told, account = memory.estimate(recipe, known, profiles.profile(known, recipe.task), plan, cut)
-    return Result(run, told, memory.in_heap(account, cut)[0], int(found["stages"]["trained"]["peak"]))
+    profile = profiles.profile(known, recipe.task)
+    told, account = memory.estimate(recipe, known, profile, plan, cut)
+    return Result(
+        run=run,
+        told=told,
+        in_heap=memory.in_heap(account, profile, plan, cut),
+        mapped=memory.is_mapped(profile, plan),
+        single=memory.holds_single(recipe, plan),
+        measured=int(found["stages"]["trained"]["peak"]),
+    )
 
 
-def fit(results: list[Result], imported: int, before: Fitted) -> dict[str, Any]:
-    """Least squares of relative errors: what comes with a model, and what the heap keeps for each byte of a step in it.
-
-    `before` are the constants by which the results were told, of which no trace is left.
-    """
-    known = [
-        sum(size for name, size in one.told.terms.items() if name != "libraries")
-        - before.allocator
-        - before.fragmentation * one.in_heap
-        for one in results
+def fit(results: list[Result], imported: int) -> dict[str, Any]:
+    """Least squares of relative errors: the constants of a processor, large tensors mapped or in the heap."""
+    tensors = [
+        sum(size for name, size in one.told.terms.items() if name not in ("libraries", "allocator")) for one in results
     ]
-    rest = np.array([one.measured - imported - size for one, size in zip(results, known, strict=True)])
-    columns = np.stack([np.ones(len(results)), [one.in_heap for one in results]], axis=1)
+    rest = np.array([one.measured - imported - size for one, size in zip(results, tensors, strict=True)])
+    columns = np.array(
+        [[1.0, not one.single, one.in_heap * one.mapped, one.in_heap * (not one.mapped)] for one in results]
+    )
     weights = 1 / np.array([one.measured for one in results])
-    code, fragmentation = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    code, sixteen, *kept = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    shared = {"libraries": imported, "model_code": round(code), "sixteen": round(sixteen)}
     return {
-        "libraries": imported,
-        "model_code": round(float(code)),
-        "allocator": 0,
-        "fragmentation": round(float(fragmentation), 3),
+        name: shared | {"fragmentation": round(float(of), 3)} for name, of in zip(("cpu", "heap"), kept, strict=True)
     }
 
 
@@ -113,7 +119,7 @@ def main() -> None:
         table = json.loads(_TABLE.read_text(encoding="utf-8"))
         results = [result(run, given.work) for run in fitted]
         read = [json.loads((given.work / f"{run.key}.json").read_text())["stages"]["read"]["now"] for run in fitted]
-        files.write_json(_TABLE, table | {"cpu": fit(results, round(statistics.median(read)), Fitted.of("cpu"))})
+        files.write_json(_TABLE, table | fit(results, round(statistics.median(read))))
     record = []
     for name, runs in (("fitted", fitted), ("judged", judged)):
         results = [result(run, given.work) for run in runs]

@@ -12,17 +12,15 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 HUGE = 2**21  # bytes from which PyTorch asks for huge pages
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of mallopt, in glibc
 _MAPPED = 2**18  # bytes from which memory is mapped by itself where every page counts
 _TOP, _LITTLE = 2**25, 2**17  # bytes at the end of the heap that are kept for what is asked next; those of glibc
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # how smaps begins to tell of one
-_UNUSED = 96 * 2**20  # bytes in the heap that are left there for what is asked next
+_WIDE = 512  # numbers that stand for a token in a layer
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -49,27 +47,21 @@ def _asks() -> bool:
     return "hg" in flags.split()
 
 
-def maps() -> bool:
-    """Whether large tensors are to be mapped: huge pages make that cheap, and the user told malloc nothing else."""
-    return _is_glibc() and has_huge_pages() and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+def maps(hidden: int) -> bool:
+    """Whether tensors of a model `hidden` numbers wide are to be mapped.
+
+    Not where the user told malloc something else, nor where the system has no huge pages, nor those of narrow models:
+    MiniLM's products on short texts are so small that what is left of a tensor beside its huge pages costs a tenth of a
+    step.
+    """
+    return hidden >= _WIDE and _is_glibc() and "MALLOC_MMAP_THRESHOLD_" not in os.environ and has_huge_pages()
 
 
-def settle() -> None:
-    """Let large tensors be mapped by themselves from here on, where they are to be."""
-    if maps():
+def settle(hidden: int) -> None:
+    """Let large tensors be mapped by themselves from here on, where those of such a model are to be."""
+    if maps(hidden):
         _tell(_MMAP_THRESHOLD, HUGE)
         _tell(_TRIM_THRESHOLD, _TOP)
-
-
-def tidy() -> None:
-    """Give back what lies in the heap unused, where that has become much; to be called now and then.
-
-    Smaller tensors leave holes there too, between what stays: more in each of the first steps, up to several times what
-    a step has of them. To touch them again costs as many faults as that has pages, but once a step and not at each
-    tensor.
-    """
-    if maps() and (info := _mallinfo()) is not None and info().fordblks > _UNUSED:
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tighten() -> None:
@@ -81,22 +73,6 @@ def tighten() -> None:
         _tell(_ARENA_MAX, 1)
         _tell(_MMAP_THRESHOLD, _MAPPED)
         _tell(_TRIM_THRESHOLD, _LITTLE)
-
-
-class _Info(ctypes.Structure):
-    """What glibc's mallinfo2 says; `fordblks` are the bytes of free blocks in all heaps."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-@cache
-def _mallinfo() -> Callable[[], Any] | None:
-    """mallinfo2; None before glibc 2.33."""
-    found = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if found is not None:
-        found.restype = _Info
-    return found
 
 
 def _is_glibc() -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lowres_ft import allocator, limits
+from lowres_ft import limits
 from lowres_ft.errors import LowresError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -63,7 +63,6 @@ def find(device: str = "auto") -> Machine:
     except RuntimeError as error:
         raise LowresError(f"no device is called '{device}'", hint="Use cpu, cuda, cuda:N or mps.") from error
     if kind == "cpu":
-        allocator.settle()
         return _with_fastest(Machine("cpu", _cpu_name(), "float32", *shared))
     if kind == "cuda" and (torch.device(device).index or 0) < torch.cuda.device_count():
         dtype: Dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"

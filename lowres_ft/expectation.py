@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowres_ft import budget, device, memory, pace, profiles, simulate, speed, timings
+from lowres_ft import budget, device, memory, pace, profiles, simulate, speed, tables, timings
 from lowres_ft.bases import Base
 from lowres_ft.course import Course
 from lowres_ft.device import Machine
@@ -59,7 +59,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    fitted = memory.Fitted.of(plan.device).model_dump()
+    fitted = tables.read("memory")
     what = json.dumps(["expected", *known, course.micro_batches, course.typical, fitted, device.versions()])
     try:
         found = timings.once(machine, plan.dtype, what, account)

@@ -5,6 +5,7 @@ what the allocator cannot give back, was fitted to measured peaks by `python -m 
 far both lie apart.
 """
 
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,16 +31,15 @@ class Fitted(Spec):
     """Bytes that imported libraries, or a GPU's context, take."""
     model_code: int
     """Bytes that come with the first model: its code, a tokenizer, threads and kernels."""
-    allocator: int
-    """Bytes that an allocator holds beside what a step makes, however little that is."""
+    sixteen: int
+    """Bytes more where weights are 16 bits wide: kernels that are made for each shape, and what they work with."""
     fragmentation: float
-    """Bytes that it holds beside each byte in its heap: all that 16 bits wide steps make, unless large tensors are
-    mapped by themselves."""
+    """Bytes that the heap keeps in pieces for each byte that a micro-batch has there."""
 
     @classmethod
-    def of(cls, device: str) -> "Fitted":
+    def of(cls, device: str, *, mapped: bool) -> "Fitted":
         """Those of a processor, its large tensors mapped or in the heap; others are taken to be like a GPU."""
-        kind = ("cpu" if allocator.maps() else "heap") if device == "cpu" else "cuda"
+        kind = ("cpu" if mapped else "heap") if device == "cpu" else "cuda"
         return cls.model_validate(tables.read("memory")[kind])
 
 
@@ -121,27 +121,26 @@ def estimate(
     several = heaviest(shapes, plan) if shapes else list(full(recipe, plan))
     accounts = [simulate.account(recipe, base, profile, plan, *shape) for shape in several]
     account = max(accounts, key=lambda one: one.peak.bytes)
-    return _memory(account.held, account.peak, plan, _in_pieces(recipe, plan, account, shapes)), account
+    fitted = Fitted.of(plan.device, mapped=is_mapped(profile, plan))
+    sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
+    in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
+    return _memory(account.held, account.peak, fitted, in_pieces), account
 
 
-def in_heap(account: Account, shapes: Sequence[Shape]) -> tuple[float, float]:
-    """Most bytes that a micro-batch of some shapes has in blocks too small to be mapped, and what this one has."""
+def is_mapped(profile: Profile, plan: Plan) -> bool:
+    """Whether large tensors are mapped by themselves, and do not lie in a heap."""
+    return plan.device == "cpu" and allocator.maps(profile.hidden)
+
+
+def in_heap(account: Account, profile: Profile, plan: Plan, shapes: Sequence[Shape]) -> float:
+    """Most bytes that a micro-batch of some shapes has in the heap at its peak.
+
+    Where large tensors are mapped, a smaller micro-batch may have more there than the one that takes most of all.
+    """
+    limit = allocator.HUGE if is_mapped(profile, plan) else sys.maxsize
     whole = account.rows * account.width
     shares = {1.0, *(min(1.0, rows * width / whole) for rows, width in shapes)}
-    return max(account.peak.small(allocator.HUGE, share) for share in shares), account.peak.small(allocator.HUGE)
-
-
-def _in_pieces(recipe: Recipe, plan: Plan, account: Account, shapes: Sequence[Shape]) -> float:
-    """Bytes that an allocator holds beside what a step has made.
-
-    Where large tensors are mapped by themselves, the heap keeps what the others took when they took most, which may be
-    in a smaller micro-batch.
-    """
-    fitted = Fitted.of(plan.device)
-    if plan.device == "cpu" and allocator.maps():
-        most, here = in_heap(account, shapes)
-        return fitted.allocator + (1 + fitted.fragmentation) * most - here
-    return 0.0 if holds_single(recipe, plan) else fitted.allocator + fitted.fragmentation * account.peak.bytes
+    return max(account.peak.small(limit, share) for share in shares)
 
 
 def holds_single(recipe: Recipe, plan: Plan) -> bool:
@@ -149,8 +148,7 @@ def holds_single(recipe: Recipe, plan: Plan) -> bool:
     return plan.dtype == "float32" or recipe.method.trains_base
 
 
-def _memory(held: Held, peak: Pass, plan: Plan, in_pieces: float) -> Memory:
-    fitted = Fitted.of(plan.device)
+def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float) -> Memory:
     kept = held.linears + held.embeddings + held.others + held.heads + held.adapter
     libraries = fitted.libraries + fitted.model_code
     return Memory(

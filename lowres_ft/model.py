@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowres_ft import (
+    allocator,
     attach,
     attention,
     behaviour,
@@ -132,6 +133,8 @@ def load(
     Raises:
         ModelError: The base cannot be loaded or adapted as asked.
     """
+    if plan.device == "cpu":
+        allocator.settle(profile.hidden)
     tokenizer = tokenizer or load_tokenizer(base.folder)
     recipe.task.prepare(tokenizer)
     adapted = adapt(recipe, base, profile, plan, _load_model(recipe, base, profile, plan, tokenizer), new=new)

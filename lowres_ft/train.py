@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lowres_ft import allocator, limits, optimizers, shortage
+from lowres_ft import limits, optimizers, shortage
 from lowres_ft.attempt import Attempt
 from lowres_ft.batches import Tokens, steps, steps_per_epoch
 from lowres_ft.device import Machine
@@ -156,8 +156,6 @@ def train(state: TrainState, tokens: Tokens, plan: Plan, machine: Machine) -> It
         rate = learning_rate(spec, state.step, state.total)
         loss, norm = _step(Attempt(state, tokens, positions, plan, machine, rate))
         state.step += 1
-        if machine.kind == "cpu":
-            allocator.tidy()
         yield Step(
             number=state.step,
             loss=loss,

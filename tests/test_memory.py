@@ -15,21 +15,23 @@ from lowres_ft.memory import Fitted, Memory
 TERMS = dict.fromkeys(Memory.__dataclass_fields__, 0)
 
 
-def result(in_heap, *, measured, linears):
-    told = Memory(**TERMS | {"linears": linears * 10**6, "allocator": 5 * 10**6 + round(0.5e6 * in_heap)})
-    return judge.Result(memory_runs.FITTED[0], told, 1e6 * in_heap, measured * 10**6)
+def result(in_heap, *, mapped, single, measured, linears):
+    told = Memory(**TERMS | {"linears": linears * 10**6, "allocator": 77, "libraries": 88})
+    return judge.Result(memory_runs.FITTED[0], told, 1e6 * in_heap, mapped, single, measured * 10**6)
 
 
 def test_a_fit_finds_what_was_put_in_whatever_was_told_before():
     results = [
-        result(100, measured=480 + 60 + 25 + 10, linears=10),
-        result(400, measured=480 + 60 + 100 + 90, linears=90),
-        result(0, measured=480 + 60 + 500, linears=500),
+        result(100, mapped=True, single=True, measured=480 + 60 + 25 + 10, linears=10),
+        result(400, mapped=True, single=False, measured=480 + 60 + 30 + 100 + 90, linears=90),
+        result(200, mapped=False, single=False, measured=480 + 60 + 30 + 150 + 70, linears=70),
+        result(0, mapped=False, single=True, measured=480 + 60 + 500, linears=500),
     ]
-    before = Fitted(libraries=0, model_code=0, allocator=5 * 10**6, fragmentation=0.5)
-    found = judge.fit(results, 480 * 10**6, before)
-    assert found["model_code"] == pytest.approx(60e6, rel=1e-3)
-    assert found["fragmentation"] == pytest.approx(0.25, rel=1e-3)
+    found = judge.fit(results, 480 * 10**6)
+    assert [(one["model_code"], one["sixteen"]) for one in found.values()] == [
+        pytest.approx((60e6, 30e6), rel=1e-3)
+    ] * 2
+    assert (found["cpu"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
 
 
 def test_the_runs_that_judge_are_not_those_that_were_fitted():
