@@ -295,7 +295,7 @@ RECIPE = [
     Bad("escapes in a key", SHOW, "\\u001b[2J", HEAD + '"\\e[2J": 1\n', "bad.yaml"),
     Bad("name that leaves the folder", SHOW, "name: must begin with", HEAD.replace("bad", "../bad", 1), "bad.yaml"),
     Bad("rank below one", "show sentiment-lora method.rank=-1", "method.rank: must be at least 1, found -1"),
-    Bad("scale that overflows", "show sentiment-lora method.alpha=1e308", "method.alpha: must be at most 1000000"),
+    Bad("scale that overflows", "show sentiment-lora method.alpha=1e308", "method.alpha: must be at most 1e+06"),
     Bad("unknown method", "show sentiment-lora method.kind=lra", "did you mean 'lora'?"),
     Bad("method of a path", "show sentiment-lora method.kind=../../x", "method.kind"),
     Bad("unknown override", "show sentiment-lora train.epoch=3", "did you mean 'epochs'?"),

@@ -21,7 +21,8 @@ class _Sure:
         self.stream, self.matters = stream, matters
 
     def write(self, text: str) -> int:
-        self._do(lambda: self.stream.write(text))
+        if text:  # typer tries a stream with none, and would not tell what came of it
+            self._do(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
