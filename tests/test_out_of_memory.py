@@ -110,9 +110,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def test_fifty_errors_at_random_places_leave_losses_and_adapter(wanted, tmp_path):
     """Forward, backward, the optimizer and evaluations: one to three errors in a run of some thousand operations."""
-    twice = wanted.train.model_copy(update={"steps": 2, "evaluate_every": 1})
-    fitted = Fitted(wanted.model_copy(update={"train": twice}), tmp_path / "work")
-    chance = random.Random(7)
+    fitted, chance = Fitted(wanted, tmp_path / "work"), random.Random(7)
     with Failing(set(), MemoryError) as counting:
         losses, expected = fitted.fit()
     for number in range(50):

@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from lowres_ft import checkpoint, files, resuming
+from lowres_ft.cli import recipes
 from lowres_ft.errors import LowresError, OutputError
 from lowres_ft.events import Event, Note, Stage, Trained
 from lowres_ft.pipeline import run
@@ -269,7 +270,19 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_older(
     assert run(wanted, tmp_path / "out", device_name="cpu", resume=True).folder.is_dir()
 
 
-@pytest.mark.parametrize(("answer", "first"), [("", 5), ("y", 5), ("n", 1)])
+def test_the_answer_is_yes_unless_it_is_no(wanted: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    interrupted(wanted, tmp_path / "out", 5)
+    ours, theirs = pty.openpty()
+    with open(os.dup(theirs), "w", encoding="utf-8") as shown, open(theirs, encoding="utf-8") as typed:
+        monkeypatch.setattr("sys.stdin", typed)
+        monkeypatch.setattr("sys.stderr", shown)
+        for answer, goes_on in (("", True), ("y", True), ("n", False)):
+            os.write(ours, f"{answer}\n".encode())
+            assert recipes._asked(wanted, tmp_path / "out") is goes_on
+    os.close(ours)
+
+
+@pytest.mark.parametrize(("answer", "first"), [("", 5), ("n", 1)])
 def test_on_a_terminal_it_is_asked(wanted: Recipe, tmp_path: Path, answer: str, first: int):
     interrupted(wanted, tmp_path / "out", 5)
     (tmp_path / "wanted.yaml").write_text(wanted.to_yaml())
