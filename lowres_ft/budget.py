@@ -27,6 +27,7 @@ Needs = Callable[[Recipe, Plan], int]
 Shapes = Callable[[Recipe, Plan], Sequence[Shape]]
 """The micro-batches into which a plan cuts a recipe's rows; none where the rows are not known."""
 FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
+_DOUBT = 0.05  # of what is told, by which the truth may lie above
 _SHORTEST = 16  # tokens: texts cut to fewer say little
 _LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
 
@@ -109,8 +110,9 @@ class Accounts:
             return ModelError(untold(error), hint="A run without budget.memory may well work.")
 
     def bytes(self, recipe: Recipe, plan: Plan) -> int:
-        """What a run needs at its peak."""
-        return self.of(recipe, plan)[0].total
+        """What a run has to be given: its peak, what an account may err by, and on a processor what a bound spares."""
+        spare = limits.SPARE if plan.device == "cpu" else 0
+        return round((1 + _DOUBT) * self.of(recipe, plan)[0].total) + spare
 
 
 def untold(error: Exception) -> str:

@@ -40,7 +40,8 @@ from lowres_ft.sizes import parse_bytes, show_bytes
 T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
 _PAGE = mmap.PAGESIZE
-_SPARE = 32 * 2**20  # bytes below a bound, in which libraries still find what little they need
+SPARE = 32 * 2**20
+"""Bytes below a bound, in which libraries still find what little they need."""
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
@@ -124,7 +125,7 @@ class Limit:
             MemoryError: The bound is reached.
         """
         pages = int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1])
-        if (taken := pages * _PAGE) > self.most - _SPARE:
+        if (taken := pages * _PAGE) > self.most - SPARE:
             raise MemoryError(f"{show_bytes(taken)} are resident, and {show_bytes(self.most)} may be")
 
     @classmethod

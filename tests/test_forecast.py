@@ -56,7 +56,8 @@ def test_processes_share_a_step(bases, reviews):
 
 
 def test_what_does_not_fit_is_told_with_what_would_help(bases, reviews):
-    found = outlook(bases("bert"), reviews, "budget.memory=1MiB")
+    base = bases("bert", hidden_size=256, intermediate_size=1024)
+    found = outlook(base, reviews, "budget.memory=1MiB")
     assert not found.here.fits
     assert "model.quantize=int8" in [remedy.change for remedy in found.here.remedies]
     assert found.others[0].fits

@@ -38,6 +38,8 @@ def test_a_bound_below_what_libraries_take_is_refused_before_they_are_imported(c
 def test_the_floor_is_that_of_the_device(monkeypatch):
     fitted = tables.read("memory")
     assert limits.floor("cpu") == fitted["cpu"]["libraries"] + fitted["cpu"]["model_code"]
+    fitted["cuda"] |= {"libraries": limits.floor("cpu") - 2, "model_code": 1}
+    monkeypatch.setattr(tables, "read", lambda _: fitted)
     monkeypatch.setattr(limits, "_may_have_gpu", lambda: True)
     assert limits.floor("auto") == min(limits.floor("cpu"), limits.floor("cuda:1")) < limits.floor("cpu")
     monkeypatch.setattr(limits, "_may_have_gpu", lambda: False)
