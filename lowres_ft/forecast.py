@@ -120,14 +120,13 @@ def forecast(recipe: Recipe, accounts: Accounts, target: Target, *, remedies: bo
     """
     profile = accounts.profile
     first = plan = plans.make(recipe, profile, target.machine)
-    found = accounts.of(recipe, plan)
     for plan in budget.plans(recipe, first, profile):
-        found = accounts.of(recipe, plan)
-        if found[0].total <= target.memory:
+        if accounts.bytes(recipe, plan) <= target.memory:
             break
-    needed, done = found
-    fits = needed.total <= target.memory
-    left = [] if fits or not remedies else budget.remedies(recipe, plan, needed.total, accounts.bytes)
+    needed, done = accounts.of(recipe, plan)
+    fits = accounts.bytes(recipe, plan) <= target.memory
+    listed = remedies and not fits
+    left = budget.remedies(recipe, plan, accounts.bytes(recipe, plan), accounts.bytes) if listed else []
     rows, width = done.rows, done.width
     taken = speed.seconds(done.training, plan.dtype, target.rates, target.machine.kind)
     taken = max(taken, speed.passing(done.held.passing, target.rates))  # layers come while others compute
