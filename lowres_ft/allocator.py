@@ -58,10 +58,16 @@ def maps(hidden: int) -> bool:
 
 
 def settle(hidden: int) -> None:
-    """Let large tensors be mapped by themselves from here on, where those of such a model are to be."""
-    if maps(hidden):
+    """Let large tensors be mapped by themselves from here on, where those of such a model are to be.
+
+    In a process that was tightened they are already.
+    """
+    if maps(hidden) and not _tightened:
         _tell(_MMAP_THRESHOLD, HUGE)
         _tell(_TRIM_THRESHOLD, _TOP)
+
+
+_tightened = False  # malloc's settings are of the process, and nobody can ask it for them
 
 
 def tighten() -> None:
@@ -69,7 +75,9 @@ def tighten() -> None:
 
     It stays so until the process ends, and costs time: for processes whose memory is bounded.
     """
+    global _tightened
     if _is_glibc():
+        _tightened = True
         _tell(_ARENA_MAX, 1)
         _tell(_MMAP_THRESHOLD, _MAPPED)
         _tell(_TRIM_THRESHOLD, _LITTLE)

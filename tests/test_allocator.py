@@ -85,3 +85,15 @@ def test_pytorch_asks_where_it_is_told_to(told):
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": told}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(told == "1")
+
+
+def test_what_was_tightened_stays_so(system, monkeypatch):
+    system("[always] madvise never")
+    told = {}
+    monkeypatch.setattr(allocator, "_tell", told.__setitem__)
+    monkeypatch.setattr(allocator, "_tightened", False)
+    allocator.settle(768)
+    assert told[allocator._MMAP_THRESHOLD] == allocator.HUGE
+    allocator.tighten()
+    allocator.settle(768)
+    assert told[allocator._MMAP_THRESHOLD] == allocator._MAPPED
