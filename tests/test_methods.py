@@ -204,7 +204,7 @@ def test_a_new_adapter_changes_nothing(bases: Bases, reviews: Path, tmp_path: Pa
             logits(prepare(wide(bases, reviews, name, f"model.quantize={form}", *changes), tmp_path / "work").adapted)
             for changes in (("method.kind=head",), METHODS[method])
         ]
-        assert torch.equal(*found)
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)  # of another product, by rounding on some processors
 
 
 def test_lora_plus_trains_b_at_its_own_rate(bases: Bases, reviews: Path, tmp_path: Path):

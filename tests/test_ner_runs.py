@@ -85,7 +85,7 @@ def recipe(base: Path, rows: Path, *overrides: str) -> Recipe:
     return parse(raw, overrides)
 
 
-LEARN = ("train.steps=200", "train.evaluate_every=200", "task.max_length=16")
+LEARN = ("train.steps=300", "train.evaluate_every=300", "task.max_length=16")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowres_ft import behaviour
-from lowres_ft import train as training
+from lowres_ft.attempt import Attempt
 from lowres_ft.batches import in_memory, steps
 from lowres_ft.packing import collate_packed, pack
 from lowres_ft.tasks.base import IGNORED, Encoded
@@ -92,7 +92,7 @@ def step(ready: Prepared) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of a step of all rows."""
     tokens = ready.tokens["train"]
     positions = tokens.of_rows(next(steps(tokens, 100, 7)))
-    loss = training._gradients(ready.start(), tokens, positions, ready.plan, ready.machine, 0.0)
+    loss, _ = Attempt(ready.start(), tokens, positions, ready.plan, ready.machine, 0.0).gradient()
     return loss, {name: p.grad.clone() for name, p in ready.adapted.trained().items() if p.grad is not None}
 
 
