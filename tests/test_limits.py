@@ -131,6 +131,7 @@ def work():
         time.sleep(0.3)
         ended.append(time.monotonic() < until)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it otherwise
 if sys.argv[1] == "command":
     stopping.install()
 before, ended = resource.getrlimit(resource.RLIMIT_DATA), []
