@@ -133,8 +133,7 @@ def load(
     Raises:
         ModelError: The base cannot be loaded or adapted as asked.
     """
-    if plan.device == "cpu":
-        allocator.settle(profile.hidden)
+    allocator.settle(profile.hidden)
     tokenizer = tokenizer or load_tokenizer(base.folder)
     recipe.task.prepare(tokenizer)
     adapted = adapt(recipe, base, profile, plan, _load_model(recipe, base, profile, plan, tokenizer), new=new)
