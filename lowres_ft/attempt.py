@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres_ft import optimizers, shortage, stopping
+from lowres_ft import allocator, optimizers, shortage, stopping
 from lowres_ft.batches import Tokens, cut
 from lowres_ft.device import Machine, sum_over_processes
 from lowres_ft.errors import TrainingError
@@ -80,6 +80,7 @@ class Attempt:
             if not math.isfinite(summed):
                 raise _not_finite("loss", state.step, self.rate, tokens.where(part))
             loss += summed / count
+            allocator.tidy()
             stopping.check()  # a step that is half done is dropped
         for parameter in state.adapted.trained().values():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lowres_ft import limits, shortage
+from lowres_ft import allocator, limits, shortage
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
 from lowres_ft.errors import ModelError
@@ -97,6 +97,7 @@ def _batches(
                 said = shortage.said(error)
             else:
                 yield part, values
+                allocator.tidy()
                 continue
             most = _smaller(adapted, tokens, part, plan, said)
             waiting = deque(cut(np.concatenate([part, *waiting]), tokens.lengths, most))

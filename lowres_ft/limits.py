@@ -19,9 +19,7 @@ others take, and the weights, count when the next step begins.
 """
 
 import _thread
-import ctypes
 import gc
-import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +37,6 @@ from lowres_ft.sizes import parse_bytes, show_bytes
 
 T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
-_PAGE = mmap.PAGESIZE
 SPARE = 32 * 2**20
 """Bytes below a bound, in which libraries still find what little they need."""
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
@@ -124,8 +121,7 @@ class Limit:
         Raises:
             MemoryError: The bound is reached.
         """
-        pages = int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1])
-        if (taken := pages * _PAGE) > self.most - SPARE:
+        if (taken := allocator.resident()) > self.most - SPARE:
             raise MemoryError(f"{show_bytes(taken)} are resident, and {show_bytes(self.most)} may be")
 
     @classmethod
@@ -147,7 +143,7 @@ class Limit:
     @property
     def data(self) -> int:
         """The soft limit, RLIMIT_DATA, that keeps the process within."""
-        _give_back()
+        allocator.give_back()
         taken = _taken()
         return taken["VmData"] + max(0, self.most - taken["VmRSS"])
 
@@ -288,13 +284,7 @@ def trim() -> None:
     gc.collect()
     if (arrow := sys.modules.get("pyarrow")) is not None:
         arrow.default_memory_pool().release_unused()
-    _give_back()
-
-
-def _give_back() -> None:
-    """Give freed memory back to the system, as far as the C library (glibc) can."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
+    allocator.give_back()
 
 
 def _start_threads() -> None:

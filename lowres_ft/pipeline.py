@@ -97,6 +97,7 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
     with bounded(resolved, machine, listen):
         draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
         if draft is not None:
+            limits.trim()
             listen(Stage("loading what was written, and comparing"))
             shortage.twice(partial(bundle.seal, draft.bundle, machine, draft.probe, draft.expected), machine.device)
             files.publish(place.draft, place.out)
@@ -170,6 +171,7 @@ def _experiment(
         for name, tokens in ready.tokens.items()
         if name != "train"
     }
+    limits.trim()  # of what training took: the baselines bring libraries of their own
     ready = tuned(ready, predicted)
     found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
     if contrast and before:
