@@ -1,4 +1,4 @@
-"""How well memory is known before a run: `python -m benchmarks.memory [--fit] [--work FOLDER] [--out FILE]`.
+"""How well memory is known before a run: `python -m benchmarks.memory [--fit] [--dtype D] [--work FOLDER] [--out FILE]`.
 
 Each run of `memory_runs` trains a base with random weights for a few steps, in a process of its own, whose peak is
 compared with what the plan said. `--fit` first finds, on the runs that are for it, what a process takes beside its
@@ -8,10 +8,11 @@ others use the processor. Runs whose results lie in the folder of work are not r
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Result:
     """Whether large tensors were mapped by themselves."""
     single: bool
     """Whether the weights were held in fp32."""
+    steps: int
     measured: int
 
     @property
@@ -73,13 +75,15 @@ def result(run: Run, work: Path) -> Result:
     known = bases.resolve(recipe.model)
     cut = [(rows, width) for rows, width in found["micro_batches"]]
     profile = profiles.profile(known, recipe.task)
-    told, account = memory.estimate(recipe, known, profile, plan, cut)
+    steps = recipe.train.steps or 1
+    told, account = memory.estimate(recipe, known, profile, plan, cut, steps)
     return Result(
         run=run,
         told=told,
         in_heap=memory.in_heap(account, profile, plan, cut),
         mapped=memory.is_mapped(profile, plan),
         single=memory.holds_single(recipe, plan),
+        steps=steps,
         measured=int(found["stages"]["trained"]["peak"]),
     )
 
@@ -87,17 +91,26 @@ def result(run: Run, work: Path) -> Result:
 def fit(results: list[Result], imported: int) -> dict[str, Any]:
     """Least squares of relative errors: the constants of a processor, large tensors mapped or in the heap."""
     tensors = [
-        sum(size for name, size in one.told.terms.items() if name not in ("libraries", "allocator")) for one in results
+        sum(size for name, size in one.told.terms.items() if name not in ("libraries", "allocator", "growth"))
+        for one in results
     ]
     rest = np.array([one.measured - imported - size for one, size in zip(results, tensors, strict=True)])
+    heaps = [one.in_heap * (not one.mapped) for one in results]
     columns = np.array(
-        [[1.0, not one.single, one.in_heap * one.mapped, one.in_heap * (not one.mapped)] for one in results]
+        [
+            [1.0, not one.single, one.in_heap * one.mapped, heap, heap * math.log2(one.steps)]
+            for one, heap in zip(results, heaps, strict=True)
+        ]
     )
     weights = 1 / np.array([one.measured for one in results])
-    code, sixteen, *kept = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
-    shared = {"libraries": imported, "model_code": round(code), "sixteen": round(sixteen)}
+    code, sixteen, mapped, heap, growth = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    shared = {"libraries": imported, "model_code": round(code)}
+    if not all(one.single for one in results):  # else none tells of 16 bits
+        shared["sixteen"] = round(sixteen)
+    kept = {"cpu": (mapped, 0.0), "heap": (heap, growth)}
     return {
-        name: shared | {"fragmentation": round(float(of), 3)} for name, of in zip(("cpu", "heap"), kept, strict=True)
+        name: shared | {"fragmentation": round(float(pieces), 3), "growth": round(float(more), 4)}
+        for name, (pieces, more) in kept.items()
     }
 
 
@@ -109,17 +122,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="Where to write the record.")
     parser.add_argument("--known", action="store_true", help="Take only runs that lie in the folder of work already.")
+    parser.add_argument("--dtype", help="In which all runs compute, not each in its own; `auto` is what is fast here.")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     fitted, judged = (
         [run for run in runs if not given.known or (given.work / f"{run.key}.json").exists()]
-        for runs in (FITTED, JUDGED)
+        for runs in ([replace(run, dtype=given.dtype or run.dtype) for run in runs] for runs in (FITTED, JUDGED))
     )
     if given.fit:
         table = json.loads(_TABLE.read_text(encoding="utf-8"))
         results = [result(run, given.work) for run in fitted]
         read = [json.loads((given.work / f"{run.key}.json").read_text())["stages"]["read"]["now"] for run in fitted]
-        files.write_json(_TABLE, table | fit(results, round(statistics.median(read))))
+        found = fit(results, round(statistics.median(read)))
+        files.write_json(_TABLE, table | {kind: table[kind] | constants for kind, constants in found.items()})
     record = []
     for name, runs in (("fitted", fitted), ("judged", judged)):
         results = [result(run, given.work) for run in runs]
