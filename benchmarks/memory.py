@@ -1,4 +1,4 @@
-"""How well memory is known before a run: `python -m benchmarks.memory [--fit] [--dtype D] [--work FOLDER] [--out FILE]`.
+"""How well memory is known before a run: `python -m benchmarks.memory [--fit] [--dtype D] [--work F] [--out FILE]`.
 
 Each run of `memory_runs` trains a base with random weights for a few steps, in a process of its own, whose peak is
 compared with what the plan said. `--fit` first finds, on the runs that are for it, what a process takes beside its

@@ -22,7 +22,7 @@ from lowres_ft.cli import bundles, terminal
 from lowres_ft.errors import AssetError, ModelError
 from lowres_ft.harmless import cell, harmless
 from lowres_ft.pipeline import run
-from tests import test_assets, tiny
+from tests import test_assets, tiny, tiny_chat
 from tests.conftest import Command, recipe
 from tests.test_assets import cache, index  # noqa: F401  # fixtures
 
@@ -33,6 +33,7 @@ HOSTILE = "\x1b[2J\x9b31m\u202e\u2066<script>alert(1)</script>\x07"
 # Networks
 
 OFFLINE = textwrap.dedent("""
+    import io
     import sys
 
     asked = []
@@ -50,7 +51,10 @@ OFFLINE = textwrap.dedent("""
         "predict bundle good -q", "evaluate bundle -q", "verify bundle -q", "merge bundle merged -q",
         "compare bundle bundle -q", "check mine.yaml -q", "list", "show mine.yaml", "new other --data reviews.csv",
         "base base", "plan mine.yaml -q", "models", "doctor",
+        "curve mine.yaml --sizes 8,16,24,32 --seeds 1 --device cpu -q",
+        "recipe chat.yaml --out talk --device cpu -q", "chat talk -q",
     ]
+    sys.stdin = io.StringIO("hello\\n")
     for command in commands:
         sys.argv = ["lowres-ft", *command.split()]
         try:
@@ -66,6 +70,8 @@ OFFLINE = textwrap.dedent("""
 def test_no_command_on_local_files_asks_a_network(tmp_path: Path):
     made = recipe(tiny.base(tmp_path / "base"), tiny.reviews(tmp_path / "reviews.csv"))
     (tmp_path / "mine.yaml").write_text(made.to_yaml())
+    talk = tiny_chat.recipe(tiny_chat.base(tmp_path / "writer"), tiny_chat.chats(tmp_path / "chats.jsonl"))
+    (tmp_path / "chat.yaml").write_text(talk.to_yaml())
     unasked = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"}
     environment = {name: value for name, value in os.environ.items() if name not in unasked}
     done = subprocess.run(
