@@ -8,7 +8,6 @@ others use the processor. Runs whose results lie in the folder of work are not r
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -40,7 +39,6 @@ class Result:
     """Whether large tensors were mapped by themselves."""
     single: bool
     """Whether the weights were held in fp32."""
-    steps: int
     measured: int
 
     @property
@@ -75,15 +73,13 @@ def result(run: Run, work: Path) -> Result:
     known = bases.resolve(recipe.model)
     cut = [(rows, width) for rows, width in found["micro_batches"]]
     profile = profiles.profile(known, recipe.task)
-    steps = recipe.train.steps or 1
-    told, account = memory.estimate(recipe, known, profile, plan, cut, steps)
+    told, account = memory.estimate(recipe, known, profile, plan, cut)
     return Result(
         run=run,
         told=told,
         in_heap=memory.in_heap(account, profile, plan, cut),
         mapped=memory.is_mapped(profile, plan),
         single=memory.holds_single(recipe, plan),
-        steps=steps,
         measured=int(found["stages"]["trained"]["peak"]),
     )
 
@@ -91,26 +87,19 @@ def result(run: Run, work: Path) -> Result:
 def fit(results: list[Result], imported: int) -> dict[str, Any]:
     """Least squares of relative errors: the constants of a processor, large tensors mapped or in the heap."""
     tensors = [
-        sum(size for name, size in one.told.terms.items() if name not in ("libraries", "allocator", "growth"))
-        for one in results
+        sum(size for name, size in one.told.terms.items() if name not in ("libraries", "allocator")) for one in results
     ]
     rest = np.array([one.measured - imported - size for one, size in zip(results, tensors, strict=True)])
-    heaps = [one.in_heap * (not one.mapped) for one in results]
     columns = np.array(
-        [
-            [1.0, not one.single, one.in_heap * one.mapped, heap, heap * math.log2(one.steps)]
-            for one, heap in zip(results, heaps, strict=True)
-        ]
+        [[1.0, not one.single, one.in_heap * one.mapped, one.in_heap * (not one.mapped)] for one in results]
     )
     weights = 1 / np.array([one.measured for one in results])
-    code, sixteen, mapped, heap, growth = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    code, sixteen, *kept = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
     shared = {"libraries": imported, "model_code": round(code)}
     if not all(one.single for one in results):  # else none tells of 16 bits
         shared["sixteen"] = round(sixteen)
-    kept = {"cpu": (mapped, 0.0), "heap": (heap, growth)}
     return {
-        name: shared | {"fragmentation": round(float(pieces), 3), "growth": round(float(more), 4)}
-        for name, (pieces, more) in kept.items()
+        name: shared | {"fragmentation": round(float(of), 3)} for name, of in zip(("cpu", "heap"), kept, strict=True)
     }
 
 

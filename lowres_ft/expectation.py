@@ -48,7 +48,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     """
 
     def account() -> dict[str, Any]:
-        needed, long = memory.estimate(recipe, base, profile, plan, course.micro_batches, course.steps)
+        needed, long = memory.estimate(recipe, base, profile, plan, course.micro_batches)
         typical = long
         if course.typical != (long.rows, long.width):
             typical = simulate.account(recipe, base, profile, plan, *course.typical)
@@ -59,8 +59,8 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    passing = [course.micro_batches, course.typical, course.steps]
-    what = json.dumps(["expected", *known, *passing, tables.read("memory"), device.versions()])
+    fitted = tables.read("memory")
+    what = json.dumps(["expected", *known, course.micro_batches, course.typical, fitted, device.versions()])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

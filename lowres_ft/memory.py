@@ -8,9 +8,8 @@ far both lie apart.
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import log2
 from typing import Any
 
 from lowres_ft import allocator, simulate, tables
@@ -36,8 +35,6 @@ class Fitted(Spec):
     """Bytes more where weights are 16 bits wide: kernels that are made for each shape, and what they work with."""
     fragmentation: float
     """Bytes that the heap keeps in pieces for each byte that a micro-batch has there."""
-    growth: float
-    """Bytes more of those with each doubling of a run's steps."""
 
     @classmethod
     def of(cls, device: str, *, mapped: bool) -> "Fitted":
@@ -72,8 +69,6 @@ class Memory:
     """Slices of quantized weights in the dtype that computes."""
     allocator: int
     """Memory in pieces, which cannot be given back."""
-    growth: int
-    """Pieces that come with time: other steps leave others."""
     loading: int
     """The whole peak while weights are read, which may be higher than all of the above."""
 
@@ -114,9 +109,9 @@ def heaviest(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
 
 
 def estimate(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shapes: Sequence[Shape] = (), steps: int = 1
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shapes: Sequence[Shape] = ()
 ) -> tuple[Memory, Account]:
-    """What a run of so many steps needs at its peak, and the account of the micro-batch that needs most.
+    """What a run needs at its peak, and the account of the micro-batch that needs most.
 
     Without the `shapes` of a run's micro-batches they are as large as the recipe lets them be.
 
@@ -128,9 +123,8 @@ def estimate(
     account = max(accounts, key=lambda one: one.peak.bytes)
     fitted = Fitted.of(plan.device, mapped=is_mapped(profile, plan))
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
-    heap = in_heap(account, profile, plan, shapes)
-    told = _memory(account.held, account.peak, fitted, sixteen + fitted.fragmentation * heap)
-    return replace(told, growth=round(fitted.growth * heap * log2(steps))), account
+    in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
+    return _memory(account.held, account.peak, fitted, in_pieces), account
 
 
 def is_mapped(profile: Profile, plan: Plan) -> bool:
@@ -172,6 +166,5 @@ def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float) -> Memory:
         work=round(peak.most.get("work", 0)),
         converted=round(peak.most.get("converted", 0)),
         allocator=round(in_pieces),
-        growth=0,
         loading=libraries + kept + _FILE_ELEMENT * held.largest,
     )

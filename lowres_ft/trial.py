@@ -144,8 +144,8 @@ def run(
         timed = [(subject.shapes(step, plan), subject.step(step, plan)) for step in (longest, typical)]
     found = (expected.pace or pace.UNKNOWN).corrected(timed)
     held = simulate.held(adapted, recipe)
-    told, growth = (0, 0) if expected.memory is None else (expected.memory.total, expected.memory.growth)
-    to_come = held.optimizer + held.best + growth
+    to_come = held.optimizer + held.best
+    told = 0 if expected.memory is None else expected.memory.total
     peak = after + to_come if after > before else max(before, min(told, before + to_come))
     return Trial(peak, expected.course.training(found), found)
 

@@ -207,7 +207,7 @@ def test_what_is_expected_comes_from_accounts_of_the_longest_and_the_typical(
     course = Course.of(ready.recipe, ready.plan, ready.tokens)
     given = (ready.recipe, ready.adapted.base, profile, ready.plan, ready.machine, course)
     found = expectation.expect(*given)
-    told, _ = memory.estimate(ready.recipe, ready.adapted.base, profile, ready.plan, course.micro_batches, course.steps)
+    told, _ = memory.estimate(ready.recipe, ready.adapted.base, profile, ready.plan, course.micro_batches)
     assert found.memory == told
     assert found.seconds == course.training(found.pace)
     monkeypatch.setattr(memory, "estimate", None)

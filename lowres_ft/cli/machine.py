@@ -28,7 +28,6 @@ _TERMS = {
     "work": "work of the backward pass",
     "converted": "converted codes",
     "allocator": "allocator",
-    "growth": "allocator, with time",
 }
 
 
