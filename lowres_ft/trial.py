@@ -137,17 +137,32 @@ def run(
     first = subject.step(longest, plan)
     _evaluated(adapted, tokens, plan)
     after = device.peak_bytes(plan.device)
-    timed = [(subject.shapes(longest, plan), first)]
-    if 4 * first < _SHARE * (expected.seconds or expected.course.steps * first):
-        typical = subject.typical()
-        subject.step(typical, plan)
-        timed = [(subject.shapes(step, plan), subject.step(step, plan)) for step in (longest, typical)]
+    timed = _timed(subject, plan, expected, longest, first)
     found = (expected.pace or pace.UNKNOWN).corrected(timed)
     held = simulate.held(adapted, recipe)
     to_come = held.optimizer + held.best
     told = 0 if expected.memory is None else expected.memory.total
     peak = after + to_come if after > before else max(before, min(told, before + to_come))
     return Trial(peak, expected.course.training(found), found)
+
+
+def _timed(
+    subject: _Subject, plan: Plan, expected: Expected, longest: np.ndarray, first: float
+) -> list[tuple[tuple[pace.Shape, ...], float]]:
+    """Micro-batches and their seconds: of two steps where the run is long enough, else of one.
+
+    The `first` one of a process takes up to three times what others do, as kernels and memory are made ready.
+    """
+    typical = subject.typical()
+    parts = [subject.shapes(step, plan) for step in (longest, typical)]
+    told = [first if expected.pace is None else sum(map(expected.pace.seconds, part)) for part in parts]
+    most = _SHARE * (expected.seconds or expected.course.steps * first)
+    if told[0] + 2 * told[1] < most:
+        subject.step(typical, plan)
+        return [(part, subject.step(step, plan)) for part, step in zip(parts, (longest, typical), strict=True)]
+    if told[1] < most:
+        return [(parts[1], subject.step(typical, plan))]
+    return [(parts[0], first)]
 
 
 def _subject(recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine) -> _Subject:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,3 +270,31 @@ def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
     told = [speed.seconds(one.training, ready.plan.dtype, rates, "cpu") for one in (long, short)]
     assert found.seconds((8, 16)) == pytest.approx(told[1])
     assert found.seconds((8, 64)) == pytest.approx(told[0], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "found"),
+    [
+        (500, ["typical", "longest", "typical"], [("longest", 1.0), ("typical", 0.25)]),  # 1.5 s of 125
+        (60, ["typical"], [("typical", 0.25)]),  # 0.25 s of 15
+        (5, [], [("longest", 3.0)]),  # nothing of 1.25 s
+    ],
+)
+def test_a_first_step_is_only_timed_where_no_other_can_be(steps: int, asked: list[str], found: list[tuple[str, float]]):
+    seconds, done = {"longest": 1.0, "typical": 0.25}, []
+
+    class Subject:
+        typical = staticmethod(lambda: "typical")
+        shapes = staticmethod(lambda step, _: ((step, 1),))
+
+        def step(self, step: str, _: object) -> float:
+            done.append(step)
+            return seconds[step]
+
+    class Told:
+        seconds = staticmethod(lambda shape: {"longest": 1.0, "typical": 0.25}[shape[0]])
+
+    expected = SimpleNamespace(pace=Told, seconds=0.25 * steps)
+    timed = trial._timed(Subject(), None, expected, "longest", 3.0)  # type: ignore[arg-type]
+    assert sorted(done) == sorted(asked)
+    assert timed == [(((step, 1),), taken) for step, taken in found]
