@@ -412,7 +412,11 @@ def fuzz(reader: Reader, seed: int, keep: Path, *, seconds: float = 1e9, files: 
     end = time.process_time() + seconds
     number = seed
     while time.process_time() < end and number < seed + files:
-        data = damaged(reader, number)
+        try:
+            data = damaged(reader, number)
+        except MemoryError:  # values multiplied again and again: no file that this process could write
+            number += 1
+            continue
         if trace := attempt(reader, data):
             frames = [line for line in trace.splitlines() if line.startswith("  File")]
             key = " ".join(frames[-1:]) + trace.splitlines()[-1].partition(":")[0]
