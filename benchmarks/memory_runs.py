@@ -34,11 +34,11 @@ class Run:
 _INT8, _NF4, _FP32 = "model.quantize=int8", "model.quantize=nf4", "float32"
 FITTED = (
     Run("minilm", "classification", 128),
-    Run("minilm", "classification", 512, ("budget.recompute=layers", "train.steps=16")),
+    Run("minilm", "classification", 512, ("budget.recompute=layers",)),
     Run("bert-base", "classification", 64, (_INT8,)),
     Run("bert-base", "ner", 256, (_NF4,), _FP32),
     Run("bert-base", "classification", 128, ("method={kind: full}",)),
-    Run("bert-mini", "classification", 32, ("train.steps=256",), _FP32),
+    Run("bert-mini", "classification", 32, (), _FP32),
     Run("xlm-r-minilm", "ner", 128, (_INT8, "model.quantize_embeddings=true")),
     Run("modernbert-small", "classification", 256),
     Run("smollm2", "chat", 128, (_INT8,)),
@@ -47,6 +47,8 @@ FITTED = (
     Run("qwen3-small", "classification", 128, ("method.rank=64",)),
 )
 JUDGED = (
+    Run("minilm", "classification", 512, ("budget.recompute=layers", "train.steps=16")),
+    Run("bert-mini", "classification", 32, ("train.steps=256",), _FP32),
     Run("minilm", "classification", 256),
     Run("minilm", "classification", 128, ("method.rank=4",), _FP32),
     Run("minilm", "classification", 48, ("train.steps=100",), _FP32),

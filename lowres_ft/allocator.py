@@ -104,7 +104,7 @@ _due = 0.0  # when the heap is tidied again; it is of the process
 def tidy() -> None:
     """Give back what lies free in the heap, unless it was so lately that it would cost more than it may."""
     global _due
-    if (began := time.perf_counter()) < _due:
+    if (began := time.perf_counter()) < _due or not _is_glibc():
         return
     before = resident()
     give_back()
@@ -119,9 +119,5 @@ def give_back() -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are resident, where the system tells (Linux); else 0."""
-    try:
-        pages = Path("/proc/self/statm").read_text().split(maxsplit=2)[1]
-    except OSError:
-        return 0
-    return int(pages) * mmap.PAGESIZE
+    """Bytes of this process that are resident, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1]) * mmap.PAGESIZE

@@ -14,12 +14,9 @@ huge_pages = pytest.mark.skipif(
     reason="the system has no huge pages",
 )
 GROWTH = """
-from lowres_ft import allocator, evaluate, train
-from tests.conftest import prepare, recipe
+from lowres_ft import allocator
+from lowres_ft.allocator import resident
 import torch
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 torch.ones(2**20)
 allocator.settle(768)

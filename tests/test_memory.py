@@ -32,6 +32,8 @@ def test_a_fit_finds_what_was_put_in_whatever_was_told_before():
         pytest.approx((60e6, 30e6), rel=1e-3)
     ] * 2
     assert (found["cpu"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
+    of_fp32 = judge.fit([one for one in results if one.single], 480 * 10**6)
+    assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
 
 
 def test_the_runs_that_judge_are_not_those_that_were_fitted():
