@@ -59,8 +59,8 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    fitted = tables.read("memory")
-    what = json.dumps(["expected", *known, course.micro_batches, course.typical, fitted, device.versions()])
+    model = [list(Memory.__dataclass_fields__), tables.read("memory"), device.versions()]
+    what = json.dumps(["expected", *known, course.micro_batches, course.typical, *model])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from lowres_ft import allocator, simulate, tables
 from lowres_ft.bases import Base
 from lowres_ft.pace import Shape
@@ -22,6 +24,9 @@ from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
 _FILE_ELEMENT = 4  # bytes: files may hold fp32, whatever is kept of it
+_HOLES = (
+    3  # beside each layer's input that is kept in the heap, each as large as it: seen with malloc_info (glibc 2.36)
+)
 
 
 class Fitted(Spec):
@@ -69,6 +74,8 @@ class Memory:
     """Slices of quantized weights in the dtype that computes."""
     allocator: int
     """Memory in pieces, which cannot be given back."""
+    holes: int
+    """Room in the heap between the inputs of layers that are computed again, too small for what is asked next."""
     loading: int
     """The whole peak while weights are read, which may be higher than all of the above."""
 
@@ -124,7 +131,9 @@ def estimate(
     fitted = Fitted.of(plan.device, mapped=is_mapped(profile, plan))
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
     in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
-    return _memory(account.held, account.peak, fitted, in_pieces), account
+    return _memory(
+        account.held, account.peak, fitted, in_pieces, _HOLES * kept_in_heap(account, profile, plan)
+    ), account
 
 
 def is_mapped(profile: Profile, plan: Plan) -> bool:
@@ -143,12 +152,20 @@ def in_heap(account: Account, profile: Profile, plan: Plan, shapes: Sequence[Sha
     return max(account.peak.small(limit, share) for share in shares)
 
 
+def kept_in_heap(account: Account, profile: Profile, plan: Plan) -> float:
+    """Bytes in the heap of layers' inputs, where layers are computed again and all else of them is freed at once."""
+    size = account.rows * account.width * profile.hidden * getattr(torch, plan.dtype).itemsize
+    if plan.device != "cpu" or plan.recompute != "layers" or (is_mapped(profile, plan) and size >= allocator.HUGE):
+        return 0.0
+    return account.training.most.get("activations", 0.0)
+
+
 def holds_single(recipe: Recipe, plan: Plan) -> bool:
     """Whether the weights are held in fp32, as the files hold them or as all of them are trained."""
     return plan.dtype == "float32" or recipe.method.trains_base
 
 
-def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float) -> Memory:
+def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: float) -> Memory:
     kept = held.linears + held.embeddings + held.others + held.heads + held.adapter
     libraries = fitted.libraries + fitted.model_code
     return Memory(
@@ -166,5 +183,6 @@ def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float) -> Memory:
         work=round(peak.most.get("work", 0)),
         converted=round(peak.most.get("converted", 0)),
         allocator=round(in_pieces),
+        holes=round(holes),
         loading=libraries + kept + _FILE_ELEMENT * held.largest,
     )

@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import memory as judge
 from benchmarks import memory_runs, shapes
-from lowres_ft import device, tables
+from lowres_ft import allocator, device, memory, tables
 from lowres_ft.memory import Fitted, Memory
+from lowres_ft.simulate import Account, Held, Pass
 
 TERMS = dict.fromkeys(Memory.__dataclass_fields__, 0)
 
@@ -63,6 +65,26 @@ def test_loading_may_take_more_than_training():
     assert held.total == 40
     assert "loading" not in held.terms
     assert held.to_json() == {"total": 40, **asdict(held)}
+
+
+def kept(profile, plan, *, rows, activations=30e6):
+    of = Held(
+        **dict.fromkeys(("linears", "embeddings", "others", "heads", "adapter", "optimizer", "best", "largest"), 0)
+    )
+    account = Account(rows, 128, of, Pass({"activations": activations}, {}), Pass({"activations": 2 * activations}, {}))
+    return memory.kept_in_heap(account, profile, plan)
+
+
+def test_inputs_of_recomputed_layers_leave_holes_where_they_lie_in_the_heap(monkeypatch):
+    monkeypatch.setattr(allocator, "maps", lambda hidden: hidden >= 512)
+    narrow, wide = (SimpleNamespace(hidden=hidden) for hidden in (384, 576))
+    plan = SimpleNamespace(device="cpu", recompute="layers", dtype="bfloat16")
+    assert kept(narrow, plan, rows=32) == 30e6
+    assert kept(wide, plan, rows=8) == 30e6  # 1.2 MB each
+    assert kept(wide, plan, rows=16) == 0  # 2.4 MB, which are mapped
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"dtype": "float32"}), rows=8) == 0
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"recompute": "selective"}), rows=8) == 0
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"device": "cuda"}), rows=8) == 0
 
 
 def test_a_peak_is_the_process_s_own_and_not_its_parent_s():

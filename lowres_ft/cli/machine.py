@@ -28,6 +28,7 @@ _TERMS = {
     "work": "work of the backward pass",
     "converted": "converted codes",
     "allocator": "allocator",
+    "holes": "holes in the heap",
 }
 
 
