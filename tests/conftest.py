@@ -1,5 +1,6 @@
 """What all tests share: an empty cache of their own, and a runner of recipes on tiny bases."""
 
+import gc
 import io
 import os
 import shutil
@@ -45,6 +46,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRES_FT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_libraries() -> None:
+    """What was imported is not looked through again each time that a run drops its garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

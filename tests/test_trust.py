@@ -50,7 +50,7 @@ OFFLINE = textwrap.dedent("""
         "recipe mine.yaml --out bundle --device cpu -q", "recipe mine.yaml --dry-run --device cpu -q",
         "predict bundle good -q", "evaluate bundle -q", "verify bundle -q", "merge bundle merged -q",
         "compare bundle bundle -q", "check mine.yaml -q", "list", "show mine.yaml", "new other --data reviews.csv",
-        "base base", "plan mine.yaml -q", "models", "doctor",
+        "base base", "plan mine.yaml -q", "models --task ner --language zh", "doctor",
         "curve mine.yaml --sizes 8,16,24,32 --seeds 1 --device cpu -q",
         "recipe chat.yaml --out talk --device cpu -q", "chat talk -q",
     ]

@@ -1,5 +1,6 @@
 """Commands about data: check and curve."""
 
+import gc
 import json
 import sys
 import tempfile
@@ -79,6 +80,7 @@ def curve(
     from lowres_ft import plotting
     from lowres_ft.cli.display import listening
 
+    gc.freeze()  # the libraries stay, as in `recipe`
     folder = curves.claim(out, loaded.name)
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work, listening(quiet) as listen:
         scores = curves.measure(loaded, Path(work), sizes=wanted, seeds=seeds, device_name=device, listen=listen)

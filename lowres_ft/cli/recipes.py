@@ -1,5 +1,6 @@
 """Commands about recipes: recipe, list, show and new."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def recipe(
     from lowres_ft.cli.display import listening
     from lowres_ft.device import is_first
 
+    gc.freeze()  # the libraries stay until the process ends: a run, which looks for garbage, need not look there
     going_on = True if resume else False if restart else None
     if going_on is None and not (dry_run or quiet or as_json):
         going_on = _asked(loaded, out)
