@@ -9,7 +9,7 @@ from typing import Any
 from lowres_ft import assets, foreign, gguf, libraries
 from lowres_ft.errors import AssetError, ModelError, first_line, nearest
 from lowres_ft.files import cached_sha256
-from lowres_ft.recipe import ModelSpec
+from lowres_ft.parts import ModelSpec
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _NOT_FROM_HUB = ["*/*", "consolidated*"]  # other forms of the same weights

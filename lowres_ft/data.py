@@ -18,7 +18,8 @@ import pyarrow as pa
 from lowres_ft import arrow, assets, clean, readers
 from lowres_ft.errors import DataError, nearest
 from lowres_ft.files import writing
-from lowres_ft.recipe import DataSpec, Recipe
+from lowres_ft.parts import DataSpec
+from lowres_ft.recipe import Recipe
 from lowres_ft.splits import Keys, split
 from lowres_ft.tasks.base import Example, Form, Ragged, Seen, Task
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from lowres_ft import libraries
 from lowres_ft.errors import TrainingError
 from lowres_ft.model import Adapted
+from lowres_ft.parts import TrainSpec
 from lowres_ft.plan import Plan
-from lowres_ft.recipe import TrainSpec
 
 _BETAS = (0.9, 0.999)
 _KERNEL = "bitsandbytes::optimizer_update_8bit_blockwise"

@@ -18,8 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowres_ft import embedding, mapped, profiles, quantize
 from lowres_ft.mapped import Block, Need
+from lowres_ft.parts import ModelSpec
 from lowres_ft.profiles import Profile
-from lowres_ft.recipe import ModelSpec, Recipe
+from lowres_ft.recipe import Recipe
 from lowres_ft.storage import Int8, Nf4
 
 _NAME = "lowres_ft"

@@ -20,8 +20,9 @@ from lowres_ft.attempt import Attempt
 from lowres_ft.batches import Tokens, steps, steps_per_epoch
 from lowres_ft.device import Machine
 from lowres_ft.model import Adapted
+from lowres_ft.parts import TrainSpec
 from lowres_ft.plan import Plan
-from lowres_ft.recipe import Recipe, TrainSpec
+from lowres_ft.recipe import Recipe
 
 _FIRST_LOSS_SCALE = 2.0**14
 

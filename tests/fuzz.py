@@ -329,7 +329,7 @@ def _bundle(work: Path) -> Iterator[Reader]:
 
 def _base(work: Path) -> Iterator[Reader]:
     from lowres_ft import bases, model, profiles
-    from lowres_ft.recipe import ModelSpec
+    from lowres_ft.parts import ModelSpec
     from tests.conftest import prepare, recipe
 
     base = work / "base"

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from lowres_ft import bases as module
 from lowres_ft.errors import AssetError, LowresError, ModelError
-from lowres_ft.recipe import ModelSpec
+from lowres_ft.parts import ModelSpec
 from tests import tiny
 
 Bases = Callable[..., Path]

@@ -13,9 +13,10 @@ import torch
 
 from lowres_ft import evaluate, model, registry
 from lowres_ft.errors import ModelError, RecipeError
+from lowres_ft.parts import ModelSpec
 from lowres_ft.pipeline import run
 from lowres_ft.preparing import rehearse
-from lowres_ft.recipe import ModelSpec, load_recipe, parse, shipped
+from lowres_ft.recipe import load_recipe, parse, shipped
 from lowres_ft.train import train
 from tests.conftest import prepare
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowres_ft import assets, bases, model, profiles, recipe, spec
 from lowres_ft.errors import AssetError, LowresError, ModelError, RecipeError
-from lowres_ft.recipe import ModelSpec
+from lowres_ft.parts import ModelSpec
 from tests import fuzz, tiny
 
 FILES = 40  # for each reader; `python -m tests.fuzz` runs as long as one likes

@@ -15,8 +15,8 @@ from lowres_ft import bases as base_module
 from lowres_ft import device
 from lowres_ft.errors import ModelError
 from lowres_ft.merging import merge
+from lowres_ft.parts import ModelSpec
 from lowres_ft.pipeline import run
-from lowres_ft.recipe import ModelSpec
 from tests import tiny_chat
 from tests.conftest import Command, recipe
 from tests.test_methods import WIDE, logits, wide

@@ -14,9 +14,10 @@ from lowres_ft.linear import AdaptedLinear
 from lowres_ft.merging import merge
 from lowres_ft.model import Adapted
 from lowres_ft.optimizers import _groups
+from lowres_ft.parts import TrainSpec
 from lowres_ft.pipeline import run
 from lowres_ft.preparing import rehearse
-from lowres_ft.recipe import Recipe, TrainSpec
+from lowres_ft.recipe import Recipe
 from lowres_ft.storage import Plain
 from lowres_ft.train import train
 from tests.conftest import Prepared, prepare, recipe

@@ -16,10 +16,11 @@ from lowres_ft.assets import STARTERS, fetch
 from lowres_ft.bundle import Bundle, open_bundle
 from lowres_ft.files import sha256
 from lowres_ft.merging import merge
+from lowres_ft.parts import ModelSpec
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import Predictor
 from lowres_ft.readers import rows
-from lowres_ft.recipe import ModelSpec, load_recipe, shipped
+from lowres_ft.recipe import load_recipe, shipped
 from tests.conftest import users_cache
 
 pytestmark = pytest.mark.assets

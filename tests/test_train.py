@@ -13,9 +13,9 @@ from lowres_ft import model, optimizers
 from lowres_ft.attempt import Attempt
 from lowres_ft.batches import collate, cut, steps, steps_per_epoch
 from lowres_ft.errors import TrainingError
+from lowres_ft.parts import EarlyStopping, TrainSpec
 from lowres_ft.pipeline import run
 from lowres_ft.preparing import rehearse
-from lowres_ft.recipe import EarlyStopping, TrainSpec
 from lowres_ft.train import TrainState, learning_rate, train
 from tests.conftest import Prepared, prepare, recipe
 

@@ -268,7 +268,7 @@ def base(
 ) -> None:
     """Print a base's folder for other programs, fetched if need be."""
     from lowres_ft import assets, bases
-    from lowres_ft.recipe import ModelSpec
+    from lowres_ft.parts import ModelSpec
 
     source = f"starter:{name}" if name in assets.STARTERS else name
     with _fetching(quiet) as progress:
