@@ -1,7 +1,7 @@
 """One optimizer step: a gradient that is exact under any cut, and what is done again of it where memory runs out."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,12 +37,13 @@ class Attempt:
         self.loss: float | None = None  # once the gradient of all processes stands
         self.norm: float | None = None  # once that is known to be finite
         self.unscaled: list[Tensor] = []
+        self.left = list(state.optimizer.param_groups)  # what is not updated
         self.retaken = False
 
     def take(self) -> tuple[float, float]:
         """Take the step; return its loss, and its gradient's norm before clipping."""
         loss, norm = self.gradient()
-        _update(self.state, self.rate, norm, self.unscaled)
+        _update(self.state, self.rate, norm, self.left, self.unscaled)
         if self.plan.dtype == "float16":
             _count_at_scale(self.state)
         return loss, norm
@@ -96,7 +97,7 @@ class Attempt:
             OutOfMemoryError: Nothing more can be done.
         """
         step = self.state.step
-        optimizers.rewind(self.state.optimizer, step)
+        optimizers.rewind(self.state.optimizer, self.left, step)
         if self.loss is None:
             self.state.optimizer.zero_grad(set_to_none=True)
             self.cut_finer(said)
@@ -169,16 +170,20 @@ def _count_at_scale(state: "TrainState") -> None:
         state.loss_scale, state.steps_at_scale = state.loss_scale * 2, 0
 
 
-def _update(state: "TrainState", rate: float, norm: float, unscaled: list[Tensor]) -> None:
-    """Clip the gradient and take the optimizer's step. What is scaled leaves `unscaled`, so that nothing is twice."""
+def _update(state: "TrainState", rate: float, norm: float, left: list[dict[str, Any]], unscaled: list[Tensor]) -> None:
+    """Clip the gradient and take the optimizer's step.
+
+    What is scaled leaves `unscaled` and what is updated leaves `left`, so that nothing is done twice.
+    """
     factor = min(1.0, (state.spec.clip or math.inf) / (norm + 1e-6)) / state.loss_scale
     while unscaled:
         if factor != 1.0:
             unscaled[-1].mul_(factor)
         unscaled.pop()
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
-    state.optimizer.step()
+    while left:
+        left[0]["lr"] = rate * left[0]["rate"]
+        optimizers.step(state.optimizer, left[0])
+        del left[0]
 
 
 _NOT_FINITE_HINT = "Lower train.learning_rate, or use model.dtype=float32."

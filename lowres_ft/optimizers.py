@@ -1,5 +1,6 @@
 """Optimizers: AdamW of PyTorch or in 8 bits, with weight decay for matrices alone."""
 
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -56,13 +57,23 @@ def _with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    rewind(optimizer, 0)
+    rewind(optimizer, optimizer.param_groups, 0)
     return optimizer
 
 
-def rewind(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Let an optimizer have taken so many steps; its moments stay."""
-    for own in optimizer.state.values():
+def step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Take a step with the parameters of one group alone, so that it is known which are done when memory runs out."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+
+
+def rewind(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]], step: int) -> None:
+    """Let some groups of an optimizer have taken so many steps; their moments stay."""
+    for own in (optimizer.state[parameter] for group in groups for parameter in group["params"]):
         if isinstance(own["step"], Tensor):
             own["step"].fill_(step)
         else:
