@@ -7,6 +7,7 @@ stood before, or what it wrote, must load: resumed without faults, it ends in th
 import argparse
 import builtins
 import errno
+import gc
 import os
 import resource
 import shutil
@@ -170,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="try each n-th fault only")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    gc.freeze()  # as the command line does
     wrong = []
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         os.environ["LOWRES_FT_CACHE"] = str(Path(name) / "cache")
