@@ -346,9 +346,10 @@ def main(arguments: list[str] | None = None) -> int:
                     twice += trial.kill_in(again)
             trial.finish()
             counts.update((phase, task) for phase in trial.killed)
-            wrong += [f"run {number} ({task}, killed in {', '.join(trial.killed)}): {one}" for one in trial.wrong]
+            done = f"run {number + 1}: {task}, killed in {', '.join(trial.killed)}"
+            wrong += [f"{done}: {one}" for one in trial.wrong]
             shutil.rmtree(place)
-            print(f"run {number + 1}: {task}, killed in {', '.join(trial.killed)}", file=sys.stderr, flush=True)
+            print(done, *trial.wrong, sep="; ", file=sys.stderr, flush=True)
         litter = [path for path in (room / "cache").rglob("*") if path.name.endswith((".tmp", ".partial"))]
         wrong += [f"left in the cache: {path.name}" for path in litter]
     print(table(counts, tasks))
