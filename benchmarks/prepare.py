@@ -16,11 +16,12 @@ import torch
 
 from benchmarks import flops, works
 from benchmarks.works import SEED, Work
-from lowres_ft import bases, data, device, model
+from lowres_ft import bases, data, device
 from lowres_ft.data import Rows
 from lowres_ft.pipeline import run
 from lowres_ft.recipe import Recipe, load_recipe
 from lowres_ft.tasks.base import IGNORED, Task
+from lowres_ft.tokenizing import load_tokenizer
 
 _PEERS = ("accelerate", "datasets", "trl")
 _ADAPTER_STEPS = 8  # of the adapter that predicts: enough for probabilities that an error would move
@@ -72,7 +73,7 @@ def write_rows(rows: Rows, task: Task, path: Path) -> None:
 
 def _encoded(rows: Rows, task: Task, base: Path) -> list[tuple[list[int], list[Any]]]:
     """Ids and targets of each row, as our library makes them; every row must give one sequence."""
-    tokenizer = model.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     task.prepare(tokenizer)
     return [(one.ids, list(one.targets)) for (one,) in task.encode(tokenizer, list(rows.examples(task)))]
 

@@ -22,6 +22,7 @@ from lowres_ft.passport import PASSPORT, BaseRecord, FileRecord, Passport
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
 from lowres_ft.recipe import Recipe
+from lowres_ft.tokenizing import load_tokenizer
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -100,7 +101,7 @@ class Bundle:
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
         plan = plans.make(wanted, profile, machine, like=self.passport.plan)
-        adapted = model.load(wanted, found, profile, plan, model.load_tokenizer(self.folder), new=False)
+        adapted = model.load(wanted, found, profile, plan, load_tokenizer(self.folder), new=False)
         if dequantize:
             model.dequantize(adapted)
         if not self.recipe.method.trains_base:
@@ -233,7 +234,7 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
     else:
         write_bytes(folder / ADAPTER, bytes_from(peft_tensors(adapted), metadata={"format": "pt"}))
         write_json(folder / ADAPTER_CONFIG, peft_config(adapted))
-    tokenizer = model.load_tokenizer(adapted.base.folder)
+    tokenizer = load_tokenizer(adapted.base.folder)
     resolved.task.prepare(tokenizer)
     with writing(folder):
         tokenizer.save_pretrained(folder)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lowres_ft import assets, bases, data, model, registry
+from lowres_ft import assets, bases, data, registry
 from lowres_ft.checks._survey import Survey
 from lowres_ft.checks.base import SEVERITIES, Check, Finding
 from lowres_ft.data import Data
 from lowres_ft.events import Fetching, Listener, Note, Stage, unheard
 from lowres_ft.recipe import Recipe
+from lowres_ft.tokenizing import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def check(recipe: Recipe, *, listen: Listener = unheard) -> Checked:
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as folder:
         listen(Stage(f"reading {recipe.data.train}"))
         rows = data.load(recipe, Path(folder), progress)
-        tokenizer = model.load_tokenizer(bases.resolve(recipe.model, progress).folder)
+        tokenizer = load_tokenizer(bases.resolve(recipe.model, progress).folder)
         rows.task.prepare(tokenizer)
         listen(Stage("looking at every row"))
         survey = Survey.of(rows, tokenizer)

@@ -19,6 +19,7 @@ from lowres_ft.plan import Plan
 from lowres_ft.prediction import held_out
 from lowres_ft.quantize import require_widths
 from lowres_ft.tasks.base import Task
+from lowres_ft.tokenizing import load_tokenizer
 
 _LARGEST = 1e-3  # of an fp32 logit
 _MOST_LOGITS = 2**25  # that are kept of each model: 128 MiB
@@ -114,7 +115,7 @@ def _folded(bundle: Bundle, adapted: Adapted, plan: Plan, folder: Path) -> Adapt
     """Write the merged model, and load what was written."""
     model.merge(adapted)
     folders.save_plain(adapted, folder)
-    model.load_tokenizer(bundle.folder).save_pretrained(folder)
+    load_tokenizer(bundle.folder).save_pretrained(folder)
     write_bytes(folder / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=folders.load_plain(adapted.task, folder, plan.device), adapted=())
 
@@ -122,7 +123,7 @@ def _folded(bundle: Bundle, adapted: Adapted, plan: Plan, folder: Path) -> Adapt
 def _quantized(bundle: Bundle, adapted: Adapted, folder: Path, form: str) -> Adapted:
     """Write a merged model again in bitsandbytes' format, and load what was written."""
     small = folders.save_quantized(adapted, folder, form, getattr(torch, bundle.passport.dtype))
-    model.load_tokenizer(bundle.folder).save_pretrained(folder / form)
+    load_tokenizer(bundle.folder).save_pretrained(folder / form)
     write_bytes(folder / form / "README.md", card.render_merged(bundle).encode())
     return replace(adapted, model=small)
 

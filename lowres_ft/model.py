@@ -4,13 +4,12 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowres_ft import (
     allocator,
@@ -18,7 +17,6 @@ from lowres_ft import (
     attention,
     behaviour,
     embedding,
-    libraries,
     mapped,
     profiles,
     quantize,
@@ -28,7 +26,7 @@ from lowres_ft import (
     streaming,
     weights,
 )
-from lowres_ft.bases import VOCABULARIES, Base, require_no_code
+from lowres_ft.bases import Base
 from lowres_ft.dropout import DropoutKeys
 from lowres_ft.errors import ModelError, first_line
 from lowres_ft.linear import FROZEN_HALVES
@@ -41,8 +39,8 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.shortage import Room
 from lowres_ft.streaming import Stream
 from lowres_ft.tasks.base import Task
+from lowres_ft.tokenizing import load_tokenizer
 
-_ANY_TEXT = "No word that is known: \ufeff\u202e \u00e9\U0001f600"
 _DROPOUT = re.compile(r"dropout|pdrop", re.IGNORECASE)
 
 
@@ -194,32 +192,6 @@ def _end_stream(adapted: Adapted) -> None:
     """Let all weights be used at any time."""
     if adapted.stream is not None:
         adapted.stream.end()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; where it has no padding token, the end-of-text token pads (and is masked).
-
-    Raises:
-        ModelError: It cannot be loaded, or has no token to pad with.
-    """
-    if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # transformers would make an empty tokenizer
-        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
-    require_no_code(folder)
-    try:
-        with libraries.silent():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            for pair in ((), ([_ANY_TEXT],)):  # a broken one may load, and fail at its first text
-                tokenizer([_ANY_TEXT], *pair)
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
-            raise
-        raise ModelError(f"{folder}: no tokenizer can be loaded: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"{folder}: the tokenizer has neither a padding nor an end-of-text token")
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def _load_model(recipe: Recipe, base: Base, profile: Profile, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Loaded:

@@ -24,7 +24,6 @@ from lowres_ft import (
     exhibits,
     files,
     limits,
-    model,
     page,
     preparing,
     probes,
@@ -47,6 +46,7 @@ from lowres_ft.runs import Place, Wish, run_folder
 from lowres_ft.saving import Keeper
 from lowres_ft.sizes import show_bytes, show_seconds
 from lowres_ft.tasks.base import Ragged
+from lowres_ft.tokenizing import load_tokenizer
 
 
 def run(
@@ -255,7 +255,7 @@ def _require_same_tokens(folder: Path, ready: Ready) -> None:
     task, train = ready.adapted.task, ready.tokens["train"]
     assert train.rows is not None
     few = list(itertools.islice(train.rows.examples(task), 64))
-    again = batches.in_memory(task.encode(model.load_tokenizer(folder), few))
+    again = batches.in_memory(task.encode(load_tokenizer(folder), few))
     if not np.array_equal(again.ids, train.ids[: len(again.ids)]):
         raise BundleError("the tokenizer, saved and loaded again, reads the training rows differently")
 

@@ -38,6 +38,7 @@ from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.runs import Place
 from lowres_ft.tasks.base import Task
+from lowres_ft.tokenizing import load_tokenizer
 
 _SAMPLED = 1024  # rows of a split whose lengths stand for all of them
 
@@ -132,7 +133,7 @@ def _cut(tokens: Mapping[str, Tokens]) -> Callable[[Recipe, Plan], list[Shape]]:
 
 
 def _reader(task: Task, base: Base) -> Reader:
-    tokenizer = model.load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(base.folder)
     task.prepare(tokenizer)
     return Reader(task, tokenizer)
 

@@ -329,8 +329,9 @@ def _bundle(work: Path) -> Iterator[Reader]:
 
 
 def _base(work: Path) -> Iterator[Reader]:
-    from lowres_ft import bases, model, profiles
+    from lowres_ft import bases, profiles
     from lowres_ft.parts import ModelSpec
+    from lowres_ft.tokenizing import load_tokenizer
     from tests.conftest import prepare, recipe
 
     base = work / "base"
@@ -349,7 +350,7 @@ def _base(work: Path) -> Iterator[Reader]:
         profiles.profile(found, sound.task)
 
     def tokenized(path: Path) -> None:
-        tokenizer = model.load_tokenizer(base)
+        tokenizer = load_tokenizer(base)
         sound.task.prepare(tokenizer)
         sound.task.encode(tokenizer, [sound.task.bare("the film was good \ufeff \u202e", "here")])
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowres_ft import checking, data, model
+from lowres_ft import checking, data
 from lowres_ft.checks import _survey, languages
 from lowres_ft.checks.base import Finding
 from lowres_ft.errors import DataError
 from lowres_ft.events import Note
 from lowres_ft.pipeline import run
 from lowres_ft.recipe import Recipe
+from lowres_ft.tokenizing import load_tokenizer
 from tests import planted, tiny_chat
 from tests.conftest import recipe
 
@@ -239,7 +240,7 @@ def test_a_run_leaves_out_checks_that_find_infos_alone(bases: Bases, tmp_path: P
     monkeypatch.setattr(languages, "_identifier", lambda: loaded.append(real()) or loaded[-1])
     (tmp_path / "work").mkdir()
     rows = data.load(wanted, tmp_path / "work")
-    assert not list(checking.brief(rows, model.load_tokenizer(bases())))
+    assert not list(checking.brief(rows, load_tokenizer(bases())))
     assert not loaded
     assert named(checking.check(wanted).findings, "foreign_language").severity == "info"
     assert len(loaded) == 1  # for all splits

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowres_ft import assets, bases, model, profiles, recipe, spec
+from lowres_ft import assets, bases, profiles, recipe, spec
 from lowres_ft.errors import AssetError, LowresError, ModelError, RecipeError
 from lowres_ft.parts import ModelSpec
+from lowres_ft.tokenizing import load_tokenizer
 from tests import fuzz, tiny
 
 FILES = 40  # for each reader; `python -m tests.fuzz` runs as long as one likes
@@ -89,7 +90,14 @@ def test_a_tokenizer_that_breaks_at_its_first_text_is_refused(tmp_path: Path, da
     folder = tiny.base(tmp_path / "base")
     change(folder / "tokenizer.json", damage)
     with pytest.raises(ModelError, match="no tokenizer can be loaded"):
-        model.load_tokenizer(folder)
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_whose_unknown_word_is_unknown_is_refused(tmp_path: Path):
+    folder = tiny.base(tmp_path / "base")
+    change(folder / "tokenizer_config.json", lambda words: words.update(unk_token="", pad_token=""))
+    with pytest.raises(ModelError, match="unk_token '' is not in its vocabulary"):
+        load_tokenizer(folder)
 
 
 def test_names_in_a_tokenizer_that_compiled_code_prints_stay_off_the_terminal(
@@ -98,7 +106,7 @@ def test_names_in_a_tokenizer_that_compiled_code_prints_stay_off_the_terminal(
     folder = tiny.base(tmp_path / "base")
     change(folder / "tokenizer.json", lambda words: words["added_tokens"][0].update({"\x1b[2J": 1}))
     capfd.readouterr()
-    model.load_tokenizer(folder)
+    load_tokenizer(folder)
     print("shown again")
     assert capfd.readouterr() == ("shown again\n", "")
 

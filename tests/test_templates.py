@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from lowres_ft import bases, readers
 from lowres_ft.data import by_role
 from lowres_ft.errors import DataError, ModelError
-from lowres_ft.model import load_tokenizer
 from lowres_ft.parts import ModelSpec
 from lowres_ft.recipe import load_recipe
 from lowres_ft.tasks import _templates
 from lowres_ft.tasks._messages import Message
 from lowres_ft.tasks.base import IGNORED, Encoded
 from lowres_ft.tasks.chat import Chat, Conversation
+from lowres_ft.tokenizing import load_tokenizer
 from tests import tiny_chat
 
 FORMS = (*tiny_chat.TEMPLATES, "plain")
