@@ -1,13 +1,19 @@
 """Tokenizers of folders that anybody may have written."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lowres_ft import libraries
+from lowres_ft import foreign, libraries
 from lowres_ft.bases import VOCABULARIES, require_no_code
 from lowres_ft.errors import ModelError, first_line
 
+_CONFIG = "tokenizer_config.json"
+_TOKENS = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_LARGEST_FILE = 1 << 24  # bytes: hundreds of thousands of tokens may be added to a vocabulary
+_LONGEST_TOKEN = 1000  # characters: tokenizers takes seconds for one of 100,000
 _ANY_TEXT = "No word that is known: \ufeff\u202e \u00e9\U0001f600"
 
 
@@ -20,6 +26,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):  # transformers would make an empty tokenizer
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
     require_no_code(folder)
+    _require_short_tokens(folder)
     try:
         with libraries.silent():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -36,6 +43,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _require_short_tokens(folder: Path) -> None:
+    """Refuse tokens that no text holds, and that would take long to add to a vocabulary.
+
+    Raises:
+        ModelError: There is one, or a file cannot be read.
+    """
+    for path in (folder / name for name in _TOKENS):
+        if path.is_file():
+            found = foreign.read_json(path, _LARGEST_FILE, ModelError)
+            held = {name: value for name, value in found.items() if "token" in name or path.name != _CONFIG}
+            if (longest := max(map(len, _texts(held)), default=0)) > _LONGEST_TOKEN:
+                raise ModelError(
+                    f"{path} holds a text of {longest:,} characters where tokens are named",
+                    hint=f"No token may be longer than {_LONGEST_TOKEN:,}.",
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts within plain values, names among them, however deep they lie."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, list | dict):
+            left += one
+            left += one.values() if isinstance(one, dict) else ()
 
 
 def _require_unknown(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -100,6 +100,17 @@ def test_a_tokenizer_whose_unknown_word_is_unknown_is_refused(tmp_path: Path):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("token", ["mask_token", "chat_template"])
+def test_a_token_that_is_longer_than_any_text_is_refused(tmp_path: Path, token: str):
+    folder = tiny.base(tmp_path / "base")
+    change(folder / "tokenizer_config.json", lambda words: words.update({token: "[MASK]" * 200}))
+    if token == "chat_template":
+        load_tokenizer(folder)
+        return
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json holds a text of 1,200 characters"):
+        load_tokenizer(folder)
+
+
 def test_names_in_a_tokenizer_that_compiled_code_prints_stay_off_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
