@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowres_ft import budget, device, memory, pace, profiles, simulate, speed, tables, timings
+from lowres_ft import budget, memory, pace, profiles, simulate, speed, timings
 from lowres_ft.bases import Base
 from lowres_ft.course import Course
 from lowres_ft.device import Machine
@@ -59,8 +59,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    model = [list(Memory.__dataclass_fields__), tables.read("memory"), device.versions()]
-    what = json.dumps(["expected", *known, course.micro_batches, course.typical, *model])
+    what = json.dumps(["expected", *known, course.micro_batches, course.typical, *memory.basis()])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lowres_ft import assets, bases, budget, catalogue, device, profiles, quantize, speed, tables, timings
+from lowres_ft import assets, bases, budget, catalogue, device, memory, profiles, quantize, speed, tables, timings
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.budget import Accounts
@@ -165,7 +165,7 @@ def of_entry(entry: Entry, task: str | None, machine: Machine) -> dict[str, Any]
             "tokens_per_second": one.tokens_per_second,
         }
 
-    what = f"forecast {entry.model_dump_json()} {name} {device.versions()} {target}"
+    what = f"forecast {entry.model_dump_json()} {name} {memory.basis()} {target}"
     kept: dict[str, Any] = timings.once(machine, machine.dtype, what, found)
     return kept
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lowres_ft import allocator, simulate, tables
+from lowres_ft import allocator, device, simulate, tables
 from lowres_ft.bases import Base
 from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
@@ -24,9 +24,7 @@ from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
 _FILE_ELEMENT = 4  # bytes: files may hold fp32, whatever is kept of it
-_HOLES = (
-    3  # beside each layer's input that is kept in the heap, each as large as it: seen with malloc_info (glibc 2.36)
-)
+_HOLES = 3  # beside each layer's input that is kept in the heap, of its size: malloc_info (glibc 2.36) shows them
 
 
 class Fitted(Spec):
@@ -131,9 +129,13 @@ def estimate(
     fitted = Fitted.of(plan.device, mapped=is_mapped(profile, plan))
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
     in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
-    return _memory(
-        account.held, account.peak, fitted, in_pieces, _HOLES * kept_in_heap(account, profile, plan)
-    ), account
+    holes = _HOLES * kept_in_heap(account, profile, plan)
+    return _memory(account.held, account.peak, fitted, in_pieces, holes), account
+
+
+def basis() -> list[Any]:
+    """What decides, beside a run and its plan, on what is told; plain values, by which a kept answer is known."""
+    return [list(Memory.__dataclass_fields__), tables.read("memory"), device.versions()]
 
 
 def is_mapped(profile: Profile, plan: Plan) -> bool:

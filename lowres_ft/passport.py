@@ -72,8 +72,8 @@ def read(path: Path) -> Passport:
         return Passport.model_validate_json(foreign.read_bytes(path, _LARGEST, BundleError))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: {where}: {first['msg']}", hint="It is damaged, or of a newer format.") from error
+        where = ": ".join(filter(None, [str(path), ".".join(map(str, first["loc"]))]))
+        raise BundleError(f"{where}: {first['msg']}", hint="It is damaged, or of a newer format.") from error
 
 
 def require_whole(path: Path) -> None:

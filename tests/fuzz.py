@@ -1,7 +1,7 @@
 """`python -m tests.fuzz [READER]... --seconds N --seed S`: damaged files for every reader of foreign files.
 
-Seconds are the processor's, so that they mean as much on a busy machine as on an idle one. On a disk most of the time
-goes into waiting for it; with TMPDIR in memory (/dev/shm) hardly any.
+Seconds are the processor's, so that they mean as much on a busy machine as on an idle one. On a disk half of the time
+went into waiting for it; with TMPDIR in memory (/dev/shm) hardly any.
 Sound files are damaged byte by byte and, where they hold JSON, value by value. A reader may take a file or refuse it
 with a LowresError. Anything else, five seconds without an answer, or much memory is a finding: its file is kept, named
 after reader and seed, and the exit status is 1. The file at hand lies in the folder before it is read, so that it is
