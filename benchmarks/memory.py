@@ -23,7 +23,7 @@ from lowres_ft import bases, device, files, memory, profiles
 from lowres_ft.memory import Memory
 from lowres_ft.plan import Plan
 
-_ROWS = 250
+_ROWS = 400
 _TABLE = Path(memory.__file__).parent / "tables" / "memory.json"
 
 

@@ -118,11 +118,11 @@ def _tokenizer() -> Any:
 
 
 def write_rows(path: Path, task: str, length: int, count: int) -> None:
-    """Write rows, three quarters of which are cut at `length` tokens and the others shorter."""
+    """Write rows, half of which are cut at `length` tokens and the others shorter."""
     drawn = random.Random(1)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
-            letters = 2 * length if number % 4 else drawn.randrange(8, length)
+            letters = 2 * length if number % 4 < 2 else drawn.randrange(8, length)
             text = "".join(drawn.choices(_LETTERS, k=letters))
             file.write(json.dumps(_row(task, text, number)) + "\n")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lowres_ft import assets, bases, data, registry
+from lowres_ft import assets, bases, data, forked, registry
 from lowres_ft.checks._survey import Survey
 from lowres_ft.checks.base import SEVERITIES, Check, Finding
 from lowres_ft.data import Data
@@ -82,7 +82,14 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     many = max(len(split) for split in rows.splits().values()) > _FEW
     survey = Survey.of(rows, tokenizer, first=_MANY, most=_FEW)
     looking = [one for one in _checks() if one.gravest != "info" and not (many and one.costly)]
-    found = [finding for one in looking for finding in one.find(survey)]
+
+    found = [finding for one in looking if not one.costly for finding in one.find(survey)]
+
+    def costly() -> list[str]:
+        return [finding.model_dump_json() for one in looking if one.costly for finding in one.find(survey)]
+
+    # They import scikit-learn: 0.1 GB that would stay until the run's end.
+    found += map(Finding.model_validate_json, forked.result(costly))
     by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "lowres_ft"
 FILES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
 MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
-    "errors spec yaml12 files foreign harmless libraries deferred events sizes stopping",
+    "errors spec yaml12 files foreign forked harmless libraries deferred events sizes stopping",
     "registry tasks methods clean calibration minimum",
     "recipe parts allocator limits overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
