@@ -21,6 +21,7 @@ from benchmarks import shapes
 from benchmarks.memory_runs import FITTED, JUDGED, Run
 from lowres_ft import bases, device, files, memory, profiles
 from lowres_ft.memory import Memory
+from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
 
 _ROWS = 400
@@ -67,11 +68,10 @@ def result(run: Run, work: Path) -> Result:
         place.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "benchmarks.resident", str(place)], check=True)
     found = json.loads(out.read_text(encoding="utf-8"))
-    kernels = {int(length): kernel for length, kernel in found["plan"]["attention_kernels"].items()}
-    plan = Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
+    plan = plan_of(found)
     recipe = shapes.recipe(base, rows, run.task, run.length, *run.settings)
     known = bases.resolve(recipe.model)
-    cut = [(rows, width) for rows, width in found["micro_batches"]]
+    cut = micro_batches(found)
     profile = profiles.profile(known, recipe.task)
     told, account = memory.estimate(recipe, known, profile, plan, cut)
     return Result(
@@ -82,6 +82,17 @@ def result(run: Run, work: Path) -> Result:
         single=memory.holds_single(recipe, plan),
         measured=int(found["stages"]["trained"]["peak"]),
     )
+
+
+def plan_of(found: dict[str, Any]) -> Plan:
+    """The plan of a run that was measured."""
+    kernels = {int(length): kernel for length, kernel in found["plan"]["attention_kernels"].items()}
+    return Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
+
+
+def micro_batches(found: dict[str, Any]) -> list[Shape]:
+    """The shapes into which its steps were cut."""
+    return [(rows, width) for rows, width in found["micro_batches"]]
 
 
 def fit(results: list[Result], imported: int) -> dict[str, Any]:

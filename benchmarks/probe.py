@@ -68,6 +68,9 @@ def record(run: Run, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _work(job: list[str]) -> None:
+    from lowres_ft import deferred
+
+    deferred.begin()  # as the command line does
     import lowres_ft
 
     base, rows, task, length, out, *changes = job

@@ -17,13 +17,17 @@ def status() -> dict[str, int]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Train a recipe; return the memory after each stage, resident and at most so far."""
+    """Train a recipe; return the memory after each stage, resident and at most so far, and the seconds of each step.
+
+    The plan is the one before the probe, by which memory is told.
+    """
     from lowres_ft import deferred
 
     deferred.begin()  # as the command line does
     from benchmarks import shapes
     from lowres_ft import data, device, evaluate, preparing, train
     from lowres_ft.course import Course
+    from lowres_ft.events import unheard
     from lowres_ft.runs import run_folder
 
     found: dict[str, Any] = {"imported": status()}
@@ -36,17 +40,24 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         found["read"] = status()
         ready = preparing.prepare(resolved, rows, machine, place)
         found["loaded"] = status()
+        plan, course = ready.plan, Course.of(resolved, ready.plan, ready.tokens)
+        ready = preparing.tried(ready, machine, place, unheard)
+        found["tried"] = status()
         state = train.start(resolved, ready.adapted, ready.tokens["train"], ready.plan)
+        seconds = []
         for step in train.train(state, ready.tokens["train"], ready.plan, machine):
+            seconds.append(step.seconds)
             if step.number == state.total // 2:  # a run goes on beside a copy of its best tensors
                 evaluate.outputs(ready.adapted, ready.tokens["validation"], ready.plan)
                 state.record(0.0)
         found["trained"] = status()
-        cut = Course.of(resolved, ready.plan, ready.tokens).micro_batches
+        done = Course.of(resolved, ready.plan, ready.tokens)
     return {
         "stages": {name: {"now": held["VmRSS"], "peak": held["VmHWM"]} for name, held in found.items()},
-        "plan": ready.plan.model_dump(mode="json"),
-        "micro_batches": cut,
+        "plan": plan.model_dump(mode="json"),
+        "micro_batches": course.micro_batches,
+        "typical": course.typical,
+        "steps": list(zip(done.sample, seconds, strict=True)),
     }
 
 

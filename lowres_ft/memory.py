@@ -135,7 +135,7 @@ def estimate(
 
 def basis() -> list[Any]:
     """What decides, beside a run and its plan, on what is told; plain values, by which a kept answer is known."""
-    return [list(Memory.__dataclass_fields__), tables.read("memory"), device.versions()]
+    return [list(Memory.__dataclass_fields__), tables.read("memory"), tables.read("speed"), device.versions()]
 
 
 def is_mapped(profile: Profile, plan: Plan) -> bool:

@@ -6,7 +6,7 @@ from lowres_ft import speed
 from lowres_ft.plan import Plan
 from lowres_ft.simulate import Account
 from lowres_ft.spec import Spec
-from lowres_ft.speed import Rates
+from lowres_ft.speed import Rates, Share
 
 Shape = tuple[int, int]
 """Sequences of a micro-batch, and the tokens of each, padding counted."""
@@ -63,13 +63,16 @@ UNKNOWN = Pace(start=0.0, token=1.0, pair=0.0, link=0.0, update=0.0, evaluation=
 and transfers come on top."""
 
 
-def told(long: Account, typical: Account, plan: Plan, rates: Rates, trained: int) -> Pace:
-    """What accounts of a long and of a typical micro-batch, and `trained` parameters, come to at a device's rates."""
-    kind = plan.device.partition(":")[0]
+def told(long: Account, typical: Account, plan: Plan, rates: Rates, trained: int, share: Share | None = None) -> Pace:
+    """What accounts of a long and of a typical micro-batch, and `trained` parameters, come to at a device's rates.
+
+    It reaches a `share` of them, else what is known of its kind.
+    """
+    share = share or Share.of(plan.device)
     accounts = (long, typical)
-    starts = [speed.starts(one.training, kind) for one in accounts]
+    starts = [speed.starts(one.training, share) for one in accounts]
     each = [
-        (speed.seconds(one.training, plan.dtype, rates, kind) - start) / (one.rows * one.width)
+        (speed.seconds(one.training, plan.dtype, rates, share) - start) / (one.rows * one.width)
         for one, start in zip(accounts, starts, strict=True)
     ]
     pair = 0.0 if long.width == typical.width else (each[0] - each[1]) / (long.width - typical.width)
@@ -82,5 +85,5 @@ def told(long: Account, typical: Account, plan: Plan, rates: Rates, trained: int
         update=(16 * trained + 2 * long.held.optimizer) / rates.bandwidth,
         evaluation=1.0,
     )
-    of_evaluation = speed.seconds(long.evaluation, plan.dtype, rates, kind)
+    of_evaluation = speed.seconds(long.evaluation, plan.dtype, rates, share)
     return training.model_copy(update={"evaluation": of_evaluation / training.seconds((2 * long.rows, long.width))})

@@ -46,21 +46,20 @@ class Share(Spec):
 
     @classmethod
     def of(cls, kind: str) -> "Share":
-        """That of 'cpu' or 'cuda'; other devices are taken to be like a GPU."""
+        """That of 'cpu' or 'cuda', or of a device such as 'cuda:0'; others are taken to be like a GPU."""
         found = tables.read("speed")
-        return cls.model_validate(found.get(kind, found["cuda"]))
+        return cls.model_validate(found.get(kind.partition(":")[0], found["cuda"]))
 
 
-def seconds(done: Pass, dtype: Dtype, rates: Rates, kind: str) -> float:
-    """How long a micro-batch takes on a device of a kind, 'cpu' or 'cuda'."""
-    share = Share.of(kind)
+def seconds(done: Pass, dtype: Dtype, rates: Rates, share: Share) -> float:
+    """How long a micro-batch takes on a device that reaches a share of its rates."""
     flops, bandwidth = rates.flops_in(dtype) * share.products, rates.bandwidth * share.bandwidth
     return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
 
 
-def starts(done: Pass, kind: str) -> float:
+def starts(done: Pass, share: Share) -> float:
     """How long starting a micro-batch's operations takes, of which `seconds` holds it."""
-    return Share.of(kind).start * sum(done.costs.values())
+    return share.start * sum(done.costs.values())
 
 
 def passing(count: int, rates: Rates) -> float:

@@ -151,7 +151,8 @@ def _timed(
 ) -> list[tuple[tuple[pace.Shape, ...], float]]:
     """Micro-batches and their seconds: of two steps where the run is long enough, else of one.
 
-    The `first` one of a process takes up to three times what others do, as kernels and memory are made ready.
+    The `first` one of a process takes up to three times what others do, as kernels and memory are made ready: alone it
+    can only say that what was told is too long.
     """
     typical = subject.typical()
     parts = [subject.shapes(step, plan) for step in (longest, typical)]
@@ -162,7 +163,7 @@ def _timed(
         return [(part, subject.step(step, plan)) for part, step in zip(parts, (longest, typical), strict=True)]
     if told[1] < most:
         return [(parts[1], subject.step(typical, plan))]
-    return [(parts[0], first)]
+    return [(parts[0], min(first, told[0]))]
 
 
 def _subject(recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine) -> _Subject:

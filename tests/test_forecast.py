@@ -25,9 +25,9 @@ def outlook(base, reviews, *changes, **options):
 def test_an_operation_takes_as_long_as_its_products_or_its_bytes():
     share = speed.Share.model_validate(speed.tables.read("speed")["cpu"])
     products, copies = Pass({}, {(1e12, 8): 3.0}), Pass({}, {(0.0, 10**10): 2.0})
-    assert speed.seconds(products, "float32", SLOW, "cpu") == pytest.approx(3 / share.products, rel=1e-3)
-    assert speed.seconds(products, "bfloat16", SLOW, "cpu") == pytest.approx(1.5 / share.products, rel=1e-3)
-    assert speed.seconds(copies, "float32", SLOW, "cpu") == pytest.approx(2 / share.bandwidth, rel=1e-3)
+    assert speed.seconds(products, "float32", SLOW, share) == pytest.approx(3 / share.products, rel=1e-3)
+    assert speed.seconds(products, "bfloat16", SLOW, share) == pytest.approx(1.5 / share.products, rel=1e-3)
+    assert speed.seconds(copies, "float32", SLOW, share) == pytest.approx(2 / share.bandwidth, rel=1e-3)
 
 
 def test_the_outlook_names_this_machine_and_usual_ones(bases, reviews):

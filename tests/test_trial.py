@@ -267,20 +267,23 @@ def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
     )
     rates = speed.Rates(flops={"float32": 1e11, "bfloat16": 1e12}, bandwidth=1e10, link=1e9)
     found = pace.told(long, short, ready.plan, rates, trained=1000)
-    told = [speed.seconds(one.training, ready.plan.dtype, rates, "cpu") for one in (long, short)]
+    told = [speed.seconds(one.training, ready.plan.dtype, rates, speed.Share.of("cpu")) for one in (long, short)]
     assert found.seconds((8, 16)) == pytest.approx(told[1])
     assert found.seconds((8, 64)) == pytest.approx(told[0], rel=0.3)
 
 
 @pytest.mark.parametrize(
-    ("steps", "asked", "found"),
+    ("steps", "first", "asked", "found"),
     [
-        (500, ["typical", "longest", "typical"], [("longest", 1.0), ("typical", 0.25)]),  # 1.5 s of 125
-        (60, ["typical"], [("typical", 0.25)]),  # 0.25 s of 15
-        (5, [], [("longest", 3.0)]),  # nothing of 1.25 s
+        (500, 3.0, ["typical", "longest", "typical"], [("longest", 1.0), ("typical", 0.25)]),  # 1.5 s of 125
+        (60, 3.0, ["typical"], [("typical", 0.25)]),  # 0.25 s of 15
+        (5, 3.0, [], [("longest", 1.0)]),  # nothing of 1.25 s: told is what it was
+        (5, 0.5, [], [("longest", 0.5)]),  # nor here, but it cannot take longer than the first one
     ],
 )
-def test_a_first_step_is_only_timed_where_no_other_can_be(steps: int, asked: list[str], found: list[tuple[str, float]]):
+def test_a_first_step_is_only_timed_where_no_other_can_be(
+    steps: int, first: float, asked: list[str], found: list[tuple[str, float]]
+):
     seconds, done = {"longest": 1.0, "typical": 0.25}, []
 
     class Subject:
@@ -295,6 +298,6 @@ def test_a_first_step_is_only_timed_where_no_other_can_be(steps: int, asked: lis
         seconds = staticmethod(lambda shape: {"longest": 1.0, "typical": 0.25}[shape[0]])
 
     expected = SimpleNamespace(pace=Told, seconds=0.25 * steps)
-    timed = trial._timed(Subject(), None, expected, "longest", 3.0)  # type: ignore[arg-type]
+    timed = trial._timed(Subject(), None, expected, "longest", first)  # type: ignore[arg-type]
     assert sorted(done) == sorted(asked)
     assert timed == [(((step, 1),), taken) for step, taken in found]
