@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lowres_ft.plan import Plan
 from lowres_ft.simulate import Account
 from lowres_ft.speed import Share
 
+_START = 1e-6  # seconds that an operation takes at least to be started
 _TABLE = Path(speed.__file__).parent / "tables" / "speed.json"
 
 
@@ -76,7 +78,9 @@ def fit(runs: list[Timed], rates: speed.Rates, start: Share) -> Share:
     def errors(logs: np.ndarray) -> list[float]:
         return [float(np.log(one.told(rates, share(logs)) / one.measured)) for one in runs]
 
-    found = least_squares(errors, np.log([getattr(start, name) for name in names]), loss="soft_l1", f_scale=0.2)
+    first = np.log([getattr(start, name) for name in names])
+    least = [np.log(_START) if name == "start" else -np.inf for name in names]
+    found = least_squares(errors, first, bounds=(least, np.inf), loss="soft_l1", f_scale=0.2)
     return Share(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(found.x), strict=True)})
 
 
@@ -87,12 +91,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Where to write the record.")
     given = parser.parse_args()
     rates, share = speed.known(device.find("cpu")), Share.of("cpu")
-    fitted, judged = ([timed(run, given.work) for run in runs] for runs in (FITTED, JUDGED))
+    fitted, judged = (
+        [timed(run, given.work) for run in runs if (given.work / f"{run.key}.json").exists()]
+        for runs in (FITTED, JUDGED)
+    )
     if given.fit:
         share = fit(fitted, rates, share)
         files.write_json(_TABLE, json.loads(_TABLE.read_bytes()) | {"cpu": share.model_dump()})
     record: list[dict[str, Any]] = []
-    for name, runs in (("fitted", fitted), ("judged", judged)):
+    for name, runs in filter(itemgetter(1), (("fitted", fitted), ("judged", judged))):
         print(f"{name:<90} {'told':>8} {'measured':>8}  error")
         errors = []
         for one in runs:

@@ -20,11 +20,11 @@ from lowres_ft import device, files
 _ROWS = 1500
 _INT8, _NF4 = "model.quantize=int8", "model.quantize=nf4"
 _RUNS = (
-    Run("minilm", "classification", 128, ("train.steps=40",)),
+    Run("minilm", "classification", 96, ("train.steps=40", "method.rank=8")),
     Run("minilm", "ner", 32, ("train.steps=120",)),
     Run("bert-mini", "classification", 256, ("train.steps=40",)),
     Run("bert-mini", "classification", 64, ("train.steps=100", "method={kind: full}")),
-    Run("bert-base", "classification", 64, ("train.steps=20", _INT8)),
+    Run("bert-base", "classification", 48, ("train.steps=20", _INT8)),
     Run("distilbert", "classification", 128, ("train.steps=20", "train.batch_size=16")),
     Run("roberta-small", "classification", 64, ("train.steps=30", "method={kind: dora}")),
     Run("roberta-small", "ner", 128, ("train.steps=20", _NF4)),

@@ -46,6 +46,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     Raises:
         LowresError: It cannot be trained as asked.
     """
+    rates = speed.known(machine)
 
     def account() -> dict[str, Any]:
         needed, long = memory.estimate(recipe, base, profile, plan, course.micro_batches)
@@ -53,13 +54,13 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
         if course.typical != (long.rows, long.width):
             typical = simulate.account(recipe, base, profile, plan, *course.typical)
         trained = profiles.trainable(recipe.method, profile)
-        found = pace.told(long, typical, plan, speed.known(machine), trained)
+        found = pace.told(long, typical, plan, rates, trained)
         return {"memory": asdict(needed), "pace": found.model_dump(exclude={"measured"})}
 
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    what = json.dumps(["expected", *known, course.micro_batches, course.typical, *memory.basis()])
+    what = json.dumps(["expected", *known, course.micro_batches, course.typical, rates.model_dump(), *memory.basis()])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

@@ -68,9 +68,9 @@ def passing(count: int, rates: Rates) -> float:
 
 
 def known(machine: Machine) -> Rates:
-    """The rates of this machine, measured the first time and kept."""
+    """The rates of this machine, measured the first time that nothing else computes, and kept."""
     what = f"rates {machine.device} with link"
-    return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device)))
+    return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device), alone=True))
 
 
 def measured(device: str, each: float = 1.0) -> dict[str, Any]:

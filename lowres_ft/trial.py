@@ -141,8 +141,9 @@ def run(
     found = (expected.pace or pace.UNKNOWN).corrected(timed)
     held = simulate.held(adapted, recipe)
     to_come = held.optimizer + held.best
-    told = 0 if expected.memory is None else expected.memory.total
-    peak = after + to_come if after > before else max(before, min(told, before + to_come))
+    told, growth = (0, 0) if expected.memory is None else (expected.memory.total, expected.memory.growth)
+    most = max(after, told or after + to_come)  # tensors that are to come need not meet what was highest so far
+    peak = min(most, after + to_come + growth) if after > before else max(before, min(told, before + to_come))
     return Trial(peak, expected.course.training(found), found)
 
 
