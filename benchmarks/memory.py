@@ -42,13 +42,6 @@ class Result:
     single: bool
     """Whether the weights were held in fp32."""
     measured: int
-    tried: int
-    """Peak after the probe."""
-
-    @property
-    def growth(self) -> float:
-        """Bytes that came after the probe beside the optimizer's and the best tensors, for each byte in the heap."""
-        return (self.measured - self.tried - self.told.optimizer - self.told.best) / self.in_heap
 
     @property
     def error(self) -> float:
@@ -89,7 +82,6 @@ def result(run: Run, work: Path) -> Result:
         mapped=memory.is_mapped(profile, plan),
         single=memory.holds_single(recipe, plan),
         measured=int(found["stages"]["trained"]["peak"]),
-        tried=int(found["stages"]["tried"]["peak"]),
     )
 
 
@@ -119,10 +111,7 @@ def fit(results: list[Result], imported: int) -> dict[str, Any]:
     if not all(one.single for one in results):  # else none tells of 16 bits
         shared["sixteen"] = round(sixteen)
     return {
-        name: shared
-        | {"fragmentation": round(float(of), 3)}
-        | {"growth": round(max(0.0, statistics.median(one.growth for one in results if one.mapped == mapped)), 3)}
-        for name, mapped, of in zip(("cpu", "heap"), (True, False), kept, strict=True)
+        name: shared | {"fragmentation": round(float(of), 3)} for name, of in zip(("cpu", "heap"), kept, strict=True)
     }
 
 

@@ -38,8 +38,6 @@ class Fitted(Spec):
     """Bytes more where weights are 16 bits wide: kernels that are made for each shape, and what they work with."""
     fragmentation: float
     """Bytes that the heap keeps in pieces for each byte that a micro-batch has there."""
-    growth: float
-    """How many of them come after the first micro-batches, with new sizes of others."""
 
     @classmethod
     def of(cls, device: str, *, mapped: bool) -> "Fitted":
@@ -78,13 +76,11 @@ class Memory:
     """Room in the heap between the inputs of layers that are computed again, too small for what is asked next."""
     loading: int
     """The whole peak while weights are read, which may be higher than all of the above."""
-    growth: int
-    """What of `allocator` comes after a probe."""
 
     @cached_property
     def terms(self) -> dict[str, int]:
         """What adds up to the peak of training."""
-        return {name: size for name, size in asdict(self).items() if name not in ("loading", "growth")}
+        return {name: size for name, size in asdict(self).items() if name != "loading"}
 
     @property
     def total(self) -> int:
@@ -132,13 +128,9 @@ def estimate(
     account = max(accounts, key=lambda one: one.peak.bytes)
     fitted = Fitted.of(plan.device, mapped=is_mapped(profile, plan))
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
-    pieces = in_heap(account, profile, plan, shapes)
-    of_heap = _OfHeap(
-        pieces=sixteen + fitted.fragmentation * pieces,
-        holes=_HOLES * kept_in_heap(account, profile, plan),
-        growth=fitted.growth * pieces,
-    )
-    return _memory(account.held, account.peak, fitted, of_heap), account
+    in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
+    holes = _HOLES * kept_in_heap(account, profile, plan)
+    return _memory(account.held, account.peak, fitted, in_pieces, holes), account
 
 
 def basis() -> list[Any]:
@@ -175,16 +167,7 @@ def holds_single(recipe: Recipe, plan: Plan) -> bool:
     return plan.dtype == "float32" or recipe.method.trains_base
 
 
-@dataclass(frozen=True)
-class _OfHeap:
-    """Bytes that the heap takes beside what is asked of it."""
-
-    pieces: float
-    holes: float
-    growth: float
-
-
-def _memory(held: Held, peak: Pass, fitted: Fitted, of_heap: _OfHeap) -> Memory:
+def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: float) -> Memory:
     kept = held.linears + held.embeddings + held.others + held.heads + held.adapter
     libraries = fitted.libraries + fitted.model_code
     return Memory(
@@ -201,8 +184,7 @@ def _memory(held: Held, peak: Pass, fitted: Fitted, of_heap: _OfHeap) -> Memory:
         logits=round(peak.most.get("logits", 0)),
         work=round(peak.most.get("work", 0)),
         converted=round(peak.most.get("converted", 0)),
-        allocator=round(of_heap.pieces),
-        holes=round(of_heap.holes),
+        allocator=round(in_pieces),
+        holes=round(holes),
         loading=libraries + kept + _FILE_ELEMENT * held.largest,
-        growth=round(of_heap.growth),
     )

@@ -6,6 +6,7 @@ of Williams et al. 2009, doi:10.1145/1498765.1498785), and some time to be start
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,8 +68,9 @@ def passing(count: int, rates: Rates) -> float:
     return 2 * count / rates.link
 
 
+@cache
 def known(machine: Machine) -> Rates:
-    """The rates of this machine, measured the first time that nothing else computes, and kept."""
+    """The rates of this machine: measured once in a process, and kept for others where nothing else computed."""
     what = f"rates {machine.device} with link"
     return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device), alone=True))
 
