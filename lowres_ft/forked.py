@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_MOST = 60.0  # seconds; a child that takes longer is taken to hang
+_MOST = 30.0  # seconds; a child that takes longer is taken to hang
 _CHUNK = 2**16
 
 
