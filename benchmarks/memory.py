@@ -21,9 +21,13 @@ import numpy as np
 from benchmarks import shapes
 from benchmarks.memory_runs import FITTED, JUDGED, Run
 from lowres_ft import bases, device, files, memory, profiles
+from lowres_ft.bases import Base
 from lowres_ft.memory import Memory
 from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
+from lowres_ft.profiles import Profile
+from lowres_ft.recipe import Recipe
+from lowres_ft.simulate import Account
 
 _ROWS = 400
 _TABLE = Path(memory.__file__).parent / "tables" / "memory.json"
@@ -68,32 +72,48 @@ def result(run: Run, work: Path) -> Result:
         place = work / f"{run.key}.job.json"
         place.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "benchmarks.resident", str(place)], check=True)
-    found = json.loads(out.read_text(encoding="utf-8"))
-    plan = plan_of(found)
-    recipe = shapes.recipe(base, rows, run.task, run.length, *run.settings)
-    known = bases.resolve(recipe.model)
-    cut = micro_batches(found)
-    profile = profiles.profile(known, recipe.task)
-    told, account = memory.estimate(recipe, known, profile, plan, cut)
+    known = Known.of(run, work)
+    told, account = known.estimate()
     return Result(
         run=run,
         told=told,
-        in_heap=memory.in_heap(account, profile, plan, cut),
-        mapped=memory.is_mapped(profile, plan),
-        single=memory.holds_single(recipe, plan),
-        measured=int(found["stages"]["trained"]["peak"]),
+        in_heap=memory.in_heap(account, known.profile, known.plan, known.cut),
+        mapped=memory.is_mapped(known.profile, known.plan),
+        single=memory.holds_single(known.recipe, known.plan),
+        measured=int(known.found["stages"]["trained"]["peak"]),
     )
 
 
-def plan_of(found: dict[str, Any]) -> Plan:
-    """The plan of a run that was measured."""
-    kernels = {int(length): kernel for length, kernel in found["plan"]["attention_kernels"].items()}
-    return Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
+@dataclass(frozen=True)
+class Known:
+    """A run that lies in the folder of work, and what it is accounted for by."""
 
+    found: dict[str, Any]
+    """What `resident` wrote."""
+    recipe: Recipe
+    base: Base
+    profile: Profile
+    plan: Plan
 
-def micro_batches(found: dict[str, Any]) -> list[Shape]:
-    """The shapes into which its steps were cut."""
-    return [(rows, width) for rows, width in found["micro_batches"]]
+    @classmethod
+    def of(cls, run: Run, work: Path) -> "Known":
+        """Read what was measured of a run."""
+        found = json.loads((work / f"{run.key}.json").read_bytes())
+        kernels = {int(length): kernel for length, kernel in found["plan"]["attention_kernels"].items()}
+        plan = Plan.model_validate(found["plan"] | {"attention_kernels": kernels})
+        rows = work / f"{run.task}-{run.length}.jsonl"
+        recipe = shapes.recipe(work / run.shape, rows, run.task, run.length, *run.settings)
+        base = bases.resolve(recipe.model)
+        return cls(found, recipe, base, profiles.profile(base, recipe.task), plan)
+
+    @property
+    def cut(self) -> list[Shape]:
+        """The shapes of its micro-batches."""
+        return [(rows, width) for rows, width in self.found["micro_batches"]]
+
+    def estimate(self) -> tuple[Memory, Account]:
+        """What is told of its memory, and the account of the micro-batch that needs most."""
+        return memory.estimate(self.recipe, self.base, self.profile, self.plan, self.cut)
 
 
 def fit(results: list[Result], imported: int) -> dict[str, Any]:

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks import memory, shapes
+from benchmarks.memory import Known
 from benchmarks.memory_runs import FITTED, JUDGED, Run
-from lowres_ft import bases, device, files, pace, profiles, simulate, speed
-from lowres_ft.memory import estimate
+from lowres_ft import device, files, pace, profiles, simulate, speed
 from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
 from lowres_ft.simulate import Account
@@ -55,17 +54,11 @@ class Timed:
 
 def timed(run: Run, work: Path) -> Timed:
     """A run that lies in the folder of work."""
-    found = json.loads((work / f"{run.key}.json").read_bytes())
-    recipe = shapes.recipe(
-        work / run.shape, work / f"{run.task}-{run.length}.jsonl", run.task, run.length, *run.settings
-    )
-    known = bases.resolve(recipe.model)
-    profile = profiles.profile(known, recipe.task)
-    plan = memory.plan_of(found)
-    _, long = estimate(recipe, known, profile, plan, memory.micro_batches(found))
-    typical = simulate.account(recipe, known, profile, plan, *found["typical"])
-    steps = [([(rows, width) for rows, width in cut], seconds) for cut, seconds in found["steps"][1:]]
-    return Timed(run, plan, long, typical, profiles.trainable(recipe.method, profile), steps)
+    known = Known.of(run, work)
+    _, long = known.estimate()
+    typical = simulate.account(known.recipe, known.base, known.profile, known.plan, *known.found["typical"])
+    steps = [([(rows, width) for rows, width in cut], seconds) for cut, seconds in known.found["steps"][1:]]
+    return Timed(run, known.plan, long, typical, profiles.trainable(known.recipe.method, known.profile), steps)
 
 
 def fit(runs: list[Timed], rates: speed.Rates, start: Share) -> Share:
