@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowres_ft import files, limits
+from lowres_ft import files, least
 from lowres_ft.sizes import show_bytes
 
 _EVERY = 0.01  # seconds between looks at a child
@@ -135,7 +135,7 @@ def main() -> None:
         runs[name] = compare(RECIPES[name], given.share)
         print(_line(name, runs[name]), flush=True)
         if given.out:
-            files.write_json(given.out, {"share": given.share, "floor_bytes": limits.floor("cpu"), "runs": runs})
+            files.write_json(given.out, {"share": given.share, "floor_bytes": least.libraries("cpu"), "runs": runs})
 
 
 if __name__ == "__main__":

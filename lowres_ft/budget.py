@@ -9,7 +9,7 @@ say: an error lists what each such change saves.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lowres_ft import bases, device, limits, memory, profiles, shortage
+from lowres_ft import bases, changes, device, limits, memory, profiles, shortage
 from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
@@ -27,7 +27,6 @@ Needs = Callable[[Recipe, Plan], int]
 Shapes = Callable[[Recipe, Plan], Sequence[Shape]]
 """The micro-batches into which a plan cuts a recipe's rows; none where the rows are not known."""
 FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
-_DOUBT = 0.05  # of what is told, by which the truth may lie above
 _SHORTEST = 16  # tokens: texts cut to fewer say little
 _LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
 
@@ -111,8 +110,7 @@ class Accounts:
 
     def bytes(self, recipe: Recipe, plan: Plan) -> int:
         """What a run has to be given: its peak, what an account may err by, and on a processor what a bound spares."""
-        spare = limits.SPARE if plan.device == "cpu" else 0
-        return round((1 + _DOUBT) * self.of(recipe, plan)[0].total) + spare
+        return limits.given(self.of(recipe, plan)[0].total, plan.device)
 
 
 def untold(error: Exception) -> str:
@@ -214,7 +212,7 @@ def remedies(recipe: Recipe, plan: Plan, now: int, needs: Needs) -> list[Remedy]
 
 def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str, Recipe]]:
     """Yield what a recipe needs after each change by itself, the change, and the recipe so."""
-    for change, changed in _changed(recipe, plan):
+    for change, changed in changes.frugal(recipe, plan.dtype, plan.device):
         try:
             needed = needs(changed, _by(changed, plan))
         except LowresError:  # it cannot be on this base
@@ -225,31 +223,3 @@ def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str
 def _by(recipe: Recipe, plan: Plan) -> Plan:
     """The plan in the dtype that a recipe names, if it does."""
     return plan if recipe.model.dtype == "auto" else plan.model_copy(update={"dtype": recipe.model.dtype})
-
-
-def _changed(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, Recipe]]:
-    """Recipes that take less, each by one change."""
-
-    def part(name: str, **update: object) -> Recipe:
-        return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=update)})
-
-    if recipe.method.trains_base:
-        from lowres_ft.methods.lora import Lora
-
-        yield "method.kind=lora", recipe.model_copy(update={"method": Lora()})
-    else:
-        forms: Sequence[str] = {"none": ("int8", "nf4"), "int8": ("nf4",)}.get(recipe.model.quantize, ())
-        for form in forms:
-            if recipe.method.conflict(form) is None:
-                yield f"model.quantize={form}", part("model", quantize=form)
-        if recipe.model.quantize != "none" and not recipe.model.quantize_embeddings:
-            yield "model.quantize_embeddings=true", part("model", quantize_embeddings=True)
-        if plan.dtype == "float32":
-            yield "model.dtype=bfloat16", part("model", dtype="bfloat16")
-        if (rank := getattr(recipe.method, "rank", 1)) > 1:
-            yield f"method.rank={rank // 2}", part("method", rank=rank // 2)
-    if recipe.task.max_length > 1:
-        shorter = recipe.task.max_length // 2
-        yield f"task.max_length={shorter}", part("task", max_length=shorter)
-    if recipe.train.optimizer == "adamw" and plan.device.startswith("cuda"):
-        yield "train.optimizer=adamw8bit", part("train", optimizer="adamw8bit")

@@ -1,6 +1,5 @@
 """Is the data of a recipe sound? Every check looks at it, before a weight of the base is loaded."""
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,13 +85,10 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
 
     found = [finding for one in looking if not one.costly for finding in one.find(survey)]
 
-    def costly() -> list[str]:
-        return [finding.model_dump_json() for one in looking if one.costly for finding in one.find(survey)]
+    def costly() -> list[Finding]:
+        return [finding for one in looking if one.costly for finding in one.find(survey)]
 
-    # They import scikit-learn: 0.1 GB that would stay until the run's end. Where it is here already nothing is saved,
-    # and its threads, of which a child has none, may have begun.
-    texts = costly() if "sklearn" in sys.modules else forked.result(costly)
-    found += map(Finding.model_validate_json, texts)
+    found += forked.result(costly, brings="sklearn")  # 0.1 GB that would stay until the run's end
     by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":

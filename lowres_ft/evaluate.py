@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lowres_ft import allocator, limits, shortage
+from lowres_ft import allocator, forked, limits, shortage
 from lowres_ft.batches import Tokens, collate, cut
 from lowres_ft.data import Rows
 from lowres_ft.errors import ModelError
@@ -223,8 +223,10 @@ def _beside(ours: _Sampled, theirs: np.ndarray) -> Baseline:
 
 def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) -> dict[str, Baseline]:
     """Train the task's baselines on the same rows and compare."""
-    assert test.rows is not None
-    found = task.baselines(train.examples(task), test.rows.examples(task), seed)
+    rows = test.rows
+    assert rows is not None
+    examples = train.examples(task), rows.examples(task)
+    found: dict[str, Ragged] = forked.result(lambda: task.baselines(*examples, seed), brings="sklearn")
     if not found:
         return {}
     own = _Sampled.of(task, task.evidence(test.truth, ours))

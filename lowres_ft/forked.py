@@ -5,32 +5,35 @@ neither PyTorch nor tokenizers, whose pools of threads may have begun.
 """
 
 import ctypes
-import json
 import os
+import pickle
 import select
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_MOST = 30.0  # seconds; a child that takes longer is taken to hang
+_IDLE = 10.0  # seconds; a child that computes nothing for so long is taken to hang
 _CHUNK = 2**16
 
 
-def result(call: Callable[[], Any], most: float = _MOST) -> Any:
-    """What a call gives, values of JSON, from a child; this process calls it where no child could.
+def result(call: Callable[[], Any], brings: str, idle: float = _IDLE) -> Any:
+    """What a call gives, which can be pickled, from a child; this process calls it where no child could.
 
-    That is so off Linux, and where the child fails, dies or takes more than `most` seconds: what it would raise is then
+    That is so off Linux; where the library that it `brings` is here already, so that nothing is saved, and its threads
+    may have begun; and where the child fails, dies or stands still for `idle` seconds: what it would raise is then
     raised here.
     """
-    found = _of_child(call, most) if sys.platform == "linux" else None
+    possible = sys.platform == "linux" and brings not in sys.modules
+    found = _of_child(call, idle) if possible else None
     return call() if found is None else found[0]
 
 
-def _of_child(call: Callable[[], Any], most: float) -> tuple[Any] | None:
+def _of_child(call: Callable[[], Any], idle: float) -> tuple[Any] | None:
     """What the call gives in a child; None where that fails."""
     ours, theirs = os.pipe()
     parent = os.getpid()
@@ -47,13 +50,13 @@ def _of_child(call: Callable[[], Any], most: float) -> tuple[Any] | None:
     os.close(theirs)
     answer = None
     try:
-        answer = _read(ours, most)
+        answer = _read(ours, child, idle)
     finally:
         os.close(ours)
         if answer is None:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    return (json.loads(answer),) if answer and not status else None
+    return (pickle.loads(answer),) if answer and not status else None  # noqa: S301 (this process wrote it)
 
 
 def _work(call: Callable[[], Any], to: int, parent: int) -> None:
@@ -66,7 +69,7 @@ def _work(call: Callable[[], Any], to: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == parent:
             with os.fdopen(to, "wb") as file:
-                file.write(json.dumps(call()).encode())
+                file.write(pickle.dumps(call()))
             code = 0
     except BaseException:  # noqa: BLE001, S110 (the parent calls, and tells what is raised)
         pass
@@ -74,11 +77,20 @@ def _work(call: Callable[[], Any], to: int, parent: int) -> None:
         os._exit(code)
 
 
-def _read(source: int, most: float) -> bytes | None:
-    """All that the child writes until it ends; None where it takes too long."""
-    found, until = bytearray(), time.monotonic() + most
-    while select.select([source], [], [], max(0.0, until - time.monotonic()))[0]:
-        if not (chunk := os.read(source, _CHUNK)):
-            return bytes(found)
-        found += chunk
+def _read(source: int, child: int, idle: float) -> bytes | None:
+    """All that the child writes until it ends; None where it stands still."""
+    found, spent, until = bytearray(), 0, time.monotonic() + idle
+    while time.monotonic() < until:
+        if select.select([source], [], [], min(1.0, idle))[0]:
+            if not (chunk := os.read(source, _CHUNK)):
+                return bytes(found)
+            found += chunk
+        if (now := _ticks(child)) > spent:
+            spent, until = now, time.monotonic() + idle
     return None
+
+
+def _ticks(child: int) -> int:
+    """Processor time of a process, in ticks of the system."""
+    fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])  # utime and stime, of which the state is the first here

@@ -1,4 +1,4 @@
-"""What `budget.memory` bounds: refused early where libraries alone take more, and held to while a run computes.
+"""What `budget.memory` bounds, held to while a run computes.
 
 Linux has no limit of resident memory that a process may set itself. So resident memory is looked at before each module
 computes, and before each adapted layer does in the backward pass: 32 MiB below the bound a MemoryError says that it is
@@ -20,26 +20,23 @@ others take, and the weights, count when the next step begins.
 
 import _thread
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lowres_ft import allocator, tables
-from lowres_ft.errors import ModelError, OutOfMemoryError
+from lowres_ft.errors import OutOfMemoryError
 from lowres_ft.events import Listener, Note
-from lowres_ft.recipe import Recipe
-from lowres_ft.sizes import parse_bytes, show_bytes
+from lowres_ft.sizes import show_bytes
 
 T = TypeVar("T")
 _SHARE, _LEAST = 0.05, 512 * 2**20
+_DOUBT = 0.05  # of what is told, by which the truth may lie above
 SPARE = 32 * 2**20
 """Bytes below a bound, in which libraries still find what little they need."""
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
 
@@ -48,39 +45,15 @@ def reserve(total: int) -> int:
     return max(round(_SHARE * total), _LEAST)
 
 
-def floor(device: str) -> int:
-    """Bytes that the libraries of any run take on a device; where it is `auto`, on the one where they take least."""
-    fitted = tables.read("memory")
-    either = ("cpu", "cuda") if _may_have_gpu() else ("cpu",)
-    kinds = either if device == "auto" else ("cpu" if device == "cpu" else "cuda",)
-    return min(int(fitted[kind]["libraries"]) + int(fitted[kind]["model_code"]) for kind in kinds)
+def given(total: int, device: str) -> int:
+    """Bytes that a run has to be given which is told to take `total`: it may err, and on a processor a bound spares."""
+    spare = SPARE if device == "cpu" else 0
+    return round((1 + _DOUBT) * total) + spare
 
 
 def context() -> int:
     """Bytes of a GPU that a process takes beside its tensors, which no allocator counts."""
     return int(tables.read("memory")["cuda"]["libraries"])
-
-
-def _may_have_gpu() -> bool:
-    """Whether a driver of a GPU is here, as far as can be seen without a heavy library; a Mac has one."""
-    if sys.platform == "win32":
-        return find_library("nvcuda") is not None
-    return sys.platform == "darwin" or any(map(os.path.exists, _GPU_DRIVERS))
-
-
-def require(recipe: Recipe, device: str = "auto") -> None:
-    """See, without a heavy library, that a recipe's budget holds at least what libraries take.
-
-    Raises:
-        ModelError: It does not.
-    """
-    given = recipe.budget.memory
-    if given in (None, "auto") or parse_bytes(str(given)) >= (least := floor(device)):
-        return
-    raise ModelError(
-        f"budget.memory: {given} is less than the {show_bytes(least)} that libraries alone take, before any weight",
-        hint="Give it more; `lowres-ft plan` tells how much a run needs. Or leave it out, and there is no bound.",
-    )
 
 
 @contextmanager

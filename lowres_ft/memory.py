@@ -1,8 +1,8 @@
 """What a run needs of memory, term by term, told before a weight is read.
 
 What tensors take follows from an account of a step (`simulate`). What a process takes beside them, its libraries and
-what the allocator cannot give back, was fitted to measured peaks by `python -m benchmarks.memory`, which also tells how
-far both lie apart.
+what the allocator cannot give back, was fitted to measured peaks by `python -m benchmarks.fit`; `python -m
+benchmarks.probe` tells how far both lie apart.
 """
 
 import sys
@@ -31,9 +31,7 @@ class Fitted(Spec):
     """What a process takes beside its tensors, fitted on one kind of device."""
 
     libraries: int
-    """Bytes that imported libraries, or a GPU's context, take."""
-    model_code: int
-    """Bytes that come with the first model: its code, a tokenizer, threads and kernels."""
+    """Bytes that imported libraries with a model's code and a tokenizer take, or a GPU's context."""
     sixteen: int
     """Bytes more where weights are 16 bits wide: kernels that are made for each shape, and what they work with."""
     fragmentation: float
@@ -169,9 +167,8 @@ def holds_single(recipe: Recipe, plan: Plan) -> bool:
 
 def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: float) -> Memory:
     kept = held.linears + held.embeddings + held.others + held.heads + held.adapter
-    libraries = fitted.libraries + fitted.model_code
     return Memory(
-        libraries=libraries,
+        libraries=fitted.libraries,
         linears=held.linears,
         embeddings=held.embeddings,
         others=held.others,
@@ -186,5 +183,5 @@ def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: flo
         converted=round(peak.most.get("converted", 0)),
         allocator=round(in_pieces),
         holes=round(holes),
-        loading=libraries + kept + _FILE_ELEMENT * held.largest,
+        loading=fitted.libraries + kept + _FILE_ELEMENT * held.largest,
     )

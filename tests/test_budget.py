@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from lowres_ft import bases as base_module
-from lowres_ft import budget, device, limits, memory, profiles
+from lowres_ft import budget, device, least, limits, memory, profiles
 from lowres_ft import plan as plans
 from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.methods.lora import Lora
@@ -186,7 +186,7 @@ def test_a_base_that_cannot_be_accounted_for_ends_in_one_error_where_memory_is_b
 def test_a_run_that_cannot_fit_ends_before_weights_are_read(lowres, bases, reviews, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "held", lambda *_: nullcontext())  # the process of the tests takes more already
     path = tmp_path / "mine.yaml"
-    wanted = conftest.recipe(bases("bert"), reviews, f"budget.memory={limits.floor('cpu')}B")
+    wanted = conftest.recipe(bases("bert"), reviews, f"budget.memory={least.libraries('cpu') + 2**20}B")
     path.write_text(wanted.to_yaml(), encoding="utf-8")
     code, _, told = lowres("recipe", path, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 2

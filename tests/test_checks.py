@@ -3,7 +3,6 @@
 import csv
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,24 +230,6 @@ def test_a_run_tells_in_a_line_each_what_deserves_a_look(bases: Bases, tmp_path:
     assert all("\n" not in text for text in told)
     report = json.loads((bundle.folder / "report.json").read_text())
     assert set(told) <= set(report["notes"])
-
-
-@pytest.mark.parametrize("here", [True, False])
-def test_a_run_forks_only_where_scikit_learn_is_not_here(
-    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
-):
-    asked: list[object] = []
-    monkeypatch.setattr(checking.forked, "result", lambda call: asked.append(call) or [])
-    monkeypatch.setattr(checking, "_checks", lambda: iter(()))
-    (tmp_path / "work").mkdir()
-    rows = data.load(classification(bases(), tmp_path, planted.CLASSIFICATION["foreign_language"]), tmp_path / "work")
-    words = load_tokenizer(bases())
-    if here:
-        monkeypatch.setitem(sys.modules, "sklearn", sys)
-    else:
-        monkeypatch.delitem(sys.modules, "sklearn", raising=False)
-    assert not list(checking.brief(rows, words))
-    assert len(asked) == (not here)
 
 
 def test_a_run_leaves_out_checks_that_find_infos_alone(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lowres_ft import budget, catalogue, device, forecast, limits, profiles, speed
+from lowres_ft import catalogue, device, forecast, limits, profiles, speed
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.errors import ModelError
@@ -67,7 +67,7 @@ def test_layers_pass_where_nothing_else_fits_and_no_faster_than_they_come(bases,
     base = bases("bert", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
     changes = ("budget.recompute=layers", "task.max_length=8")
     resident = outlook(base, reviews, *changes, "budget.offload=none").here
-    most = round((1 + budget._DOUBT) * resident.memory.total) + limits.SPARE - 5 * 2**20
+    most = limits.given(resident.memory.total, "cpu") - 5 * 2**20
     found = outlook(base, reviews, *changes, f"budget.memory={most // 2**20}MiB").here
     assert found.fits
     assert found.settings[-1] == "offload=layers"

@@ -12,12 +12,13 @@ import pytest
 from lowres_ft import forked
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process calls by itself")
+NOWHERE = "nowhere"  # a library that nobody has
 
 
 @LINUX
 def test_a_call_leaves_nothing_in_its_process():
     seen = []
-    assert forked.result(lambda: seen.append(1) or (os.getpid(), "x" * 1_000_000))[0] != os.getpid()
+    assert forked.result(lambda: seen.append(1) or (os.getpid(), "x" * 1_000_000), NOWHERE)[0] != os.getpid()
     assert not seen
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -25,7 +26,7 @@ def test_a_call_leaves_nothing_in_its_process():
 
 def test_what_a_call_raises_is_raised_here():
     with pytest.raises(ZeroDivisionError):
-        forked.result(lambda: 1 // 0)
+        forked.result(lambda: 1 // 0, NOWHERE)
 
 
 @LINUX
@@ -40,13 +41,28 @@ def test_what_a_call_raises_is_raised_here():
 def test_where_a_child_fails_the_process_calls(fail):
     ours = os.getpid()
     began = time.monotonic()
-    assert forked.result(lambda: ours if os.getpid() == ours else fail(), most=0.5) == ours
+    assert forked.result(lambda: ours if os.getpid() == ours else fail(), NOWHERE, idle=0.5) == ours
     assert time.monotonic() - began < 30
 
 
 @LINUX
-def test_what_json_does_not_hold_is_made_here():
-    assert forked.result(lambda: lambda: 3)() == 3
+def test_what_cannot_be_pickled_is_made_here():
+    assert forked.result(lambda: lambda: 3, NOWHERE)() == 3
+
+
+@LINUX
+def test_a_child_that_computes_may_take_its_time():
+    def busy() -> int:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            pass
+        return os.getpid()
+
+    assert forked.result(busy, NOWHERE, idle=0.5) != os.getpid()
+
+
+def test_where_the_library_is_here_the_process_calls():
+    assert forked.result(os.getpid, brings="pytest") == os.getpid()
 
 
 @LINUX
@@ -56,7 +72,7 @@ def test_an_interrupt_ends_the_child(monkeypatch):
 
     monkeypatch.setattr(forked, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        forked.result(lambda: time.sleep(60))
+        forked.result(lambda: time.sleep(60), NOWHERE)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -70,7 +86,7 @@ from pathlib import Path
 from lowres_ft import forked
 place = Path({str(place)!r})
 forked.result(lambda: (place.with_suffix(".new").write_text(str(os.getpid())),
-                       place.with_suffix(".new").rename(place), time.sleep(60)))
+                       place.with_suffix(".new").rename(place), time.sleep(60)), "nowhere")
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     child = int(_waited(lambda: place.exists() and place.read_text()))

@@ -1,4 +1,4 @@
-"""The memory model: its terms, its fit, and the process's own peak."""
+"""The memory model: its terms, and the process's own peak."""
 
 import json
 import subprocess
@@ -6,10 +6,6 @@ import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import pytest
-
-from benchmarks import memory as judge
-from benchmarks import memory_runs, shapes
 from lowres_ft import allocator, device, memory, tables
 from lowres_ft.memory import Fitted, Memory
 from lowres_ft.simulate import Account, Held, Pass
@@ -17,46 +13,10 @@ from lowres_ft.simulate import Account, Held, Pass
 TERMS = dict.fromkeys(Memory.__dataclass_fields__, 0)
 
 
-def result(in_heap, *, mapped, single, measured, linears):
-    told = Memory(**TERMS | {"linears": linears * 10**6, "allocator": 77, "libraries": 88})
-    return judge.Result(memory_runs.FITTED[0], told, 1e6 * in_heap, mapped, single, measured * 10**6)
-
-
-def test_a_fit_finds_what_was_put_in_whatever_was_told_before():
-    results = [
-        result(100, mapped=True, single=True, measured=480 + 60 + 25 + 10, linears=10),
-        result(400, mapped=True, single=False, measured=480 + 60 + 30 + 100 + 90, linears=90),
-        result(200, mapped=False, single=False, measured=480 + 60 + 30 + 150 + 70, linears=70),
-        result(0, mapped=False, single=True, measured=480 + 60 + 500, linears=500),
-    ]
-    found = judge.fit(results, 480 * 10**6)
-    assert [(one["model_code"], one["sixteen"]) for one in found.values()] == [
-        pytest.approx((60e6, 30e6), rel=1e-3)
-    ] * 2
-    assert (found["cpu"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
-    of_fp32 = judge.fit([one for one in results if one.single], 480 * 10**6)
-    assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
-
-
-def test_the_runs_that_judge_are_not_those_that_were_fitted():
-    assert not set(memory_runs.FITTED) & set(memory_runs.JUDGED)
-    assert len(memory_runs.FITTED) == 12
-    assert len(memory_runs.JUDGED) >= 16
-    keys = [run.key for run in (*memory_runs.FITTED, *memory_runs.JUDGED)]
-    assert len({*keys}) == len(keys)
-    assert {run.shape for run in (*memory_runs.FITTED, *memory_runs.JUDGED)} == {*shapes.SHAPES}
-
-
-def test_every_run_is_a_recipe(tmp_path):
-    for run in (*memory_runs.FITTED, *memory_runs.JUDGED):
-        found = shapes.recipe(tmp_path, tmp_path / "rows.jsonl", run.task, run.length, *run.settings)
-        assert found.task.max_length == run.length
-
-
 def test_the_fitted_constants_are_sizes_of_a_process():
     for kind in ("cpu", "heap", "cuda"):
         fitted = Fitted.model_validate(tables.read("memory")[kind])
-        assert 3e8 < fitted.libraries + fitted.model_code < 1e9
+        assert 3e8 < fitted.libraries < 1e9
         assert 0 <= fitted.fragmentation < 1
 
 

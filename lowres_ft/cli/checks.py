@@ -70,11 +70,11 @@ def curve(
     as_json: Json = False,
 ) -> None:
     """Train at several sizes, and tell what more rows would bring."""
-    from lowres_ft import limits
+    from lowres_ft import least
     from lowres_ft.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or [])
-    limits.require(loaded, device)
+    least.require(loaded, device)
     wanted = _numbers(sizes)
     from lowres_ft import curve as curves
     from lowres_ft import plotting

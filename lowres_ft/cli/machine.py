@@ -43,11 +43,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell memory and time of a run, here and elsewhere."""
-    from lowres_ft import limits
+    from lowres_ft import least
     from lowres_ft.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or [])
-    limits.require(loaded, device)
+    least.require_libraries(loaded, device)
     from lowres_ft import forecast
     from lowres_ft.cli.display import listening
     from lowres_ft.events import Fetching

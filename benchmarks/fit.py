@@ -1,0 +1,174 @@
+"""What is told of memory and time, fitted to whole runs: `python -m benchmarks.fit [--write] [--work F] [--out FILE]`.
+
+Memory: what a process takes beside its tensors (`lowres_ft/tables/memory.json`). Time: the share of its best that a
+processor reaches (`lowres_ft/tables/speed.json`). The tables change with `--write` alone; what is shown is told by them
+as they then are. A run's first step, by which not all kernels and memory are ready, does not count. Nothing else may
+run: time counts, and memory is given back by the clock.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from benchmarks.known import Known
+from benchmarks.runs import FITTED
+from lowres_ft import device, files, memory, pace, profiles, simulate, speed, tables
+from lowres_ft.pace import Shape
+from lowres_ft.simulate import Account
+from lowres_ft.speed import Rates, Share
+
+_START = 1e-6  # seconds that an operation takes at least to be started
+_TABLES = Path(tables.__file__).parent
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory of a run."""
+
+    peak: int
+    tensors: int
+    """Bytes of it that follow from the account of a step."""
+    in_heap: float
+    """Most bytes that a micro-batch has in the heap."""
+    mapped: bool
+    """Whether large tensors were mapped by themselves."""
+    single: bool
+    """Whether the weights were held in fp32."""
+
+    @classmethod
+    def of(cls, known: Known) -> "Held":
+        """That of a run that was done."""
+        told, account = known.told
+        return cls(
+            peak=known.peak,
+            tensors=sum(size for name, size in told.terms.items() if name not in ("libraries", "allocator")),
+            in_heap=memory.in_heap(account, known.profile, known.plan, known.course.micro_batches),
+            mapped=memory.is_mapped(known.profile, known.plan),
+            single=memory.holds_single(known.recipe, known.plan),
+        )
+
+
+def constants(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
+    """Least squares of relative errors: the constants of a processor, large tensors mapped or in the heap."""
+    columns = np.array(
+        [[1.0, not one.single, one.in_heap * one.mapped, one.in_heap * (not one.mapped)] for one in runs]
+    )
+    rest = np.array([one.peak - one.tensors for one in runs])
+    weights = 1 / np.array([one.peak for one in runs])
+    libraries, sixteen, *kept = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    shared = {"libraries": round(libraries)}
+    if not all(one.single for one in runs):  # else none tells of 16 bits
+        shared["sixteen"] = round(sixteen)
+    return {
+        name: shared | {"fragmentation": round(float(of), 3)} for name, of in zip(("cpu", "heap"), kept, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of a run, by what is told of them and what they took."""
+
+    known: Known
+
+    @property
+    def measured(self) -> float:
+        """Seconds of all steps but the first."""
+        return sum(self.known.steps[1:])
+
+    @property
+    def steps(self) -> tuple[tuple[Shape, ...], ...]:
+        """Micro-batches of each of them."""
+        return self.known.course.sample[1:]
+
+    @cached_property
+    def typical(self) -> Account:
+        """Of the micro-batch in the middle."""
+        known = self.known
+        return simulate.account(known.recipe, known.base, known.profile, known.plan, *known.course.typical)
+
+    def told(self, rates: Rates, share: Share) -> float:
+        """Seconds of the steps at a share of a machine's rates."""
+        known = self.known
+        trained = profiles.trainable(known.recipe.method, known.profile)
+        found = pace.told(known.told[1], self.typical, known.plan, rates, trained, share)
+        return sum(sum(map(found.seconds, shapes)) + found.update for shapes in self.steps)
+
+
+def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
+    """Least squares of the logarithms of told over measured; a run that lies far off counts less."""
+    names = list(Share.model_fields)
+
+    def share(logs: np.ndarray) -> Share:
+        return Share(**dict(zip(names, np.exp(logs), strict=True)))
+
+    def errors(logs: np.ndarray) -> list[float]:
+        return [float(np.log(one.told(rates, share(logs)) / one.measured)) for one in runs]
+
+    first = np.log([getattr(start, name) for name in names])
+    least = [np.log(_START) if name == "start" else -np.inf for name in names]
+    found = least_squares(errors, first, bounds=(least, np.inf), loss="soft_l1", f_scale=0.2)
+    return Share(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(found.x), strict=True)})
+
+
+def _write(runs: Sequence[Known], rates: Rates) -> None:
+    """Write both tables."""
+    found = constants([Held.of(known) for known in runs])
+    table = tables.read("memory")
+    files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
+    share = reached([Timed(known) for known in runs], rates, Share.of("cpu"))
+    files.write_json(_TABLES / "speed.json", tables.read("speed") | {"cpu": share.model_dump()})
+
+
+def _record(known: Known, rates: Rates) -> dict[str, Any]:
+    """What is told of a run by the tables as they are, and what was measured."""
+    told, _ = memory.estimate(known.recipe, known.base, known.profile, known.plan, known.course.micro_batches)
+    timed = Timed(known)
+    return {
+        "run": known.run.name,
+        "told": {"memory_bytes": told.total, "seconds": timed.told(rates, Share.of("cpu")), "terms": told.to_json()},
+        "measured": {"memory_bytes": known.peak, "seconds": timed.measured},
+    }
+
+
+def _show(record: Sequence[dict[str, Any]]) -> None:
+    errors: dict[str, list[float]] = {"memory_bytes": [], "seconds": []}
+    for one in record:
+        for name, found in errors.items():
+            found.append(one["told"][name] / one["measured"][name] - 1)
+        measured = one["measured"]
+        print(
+            f"{one['run']:<86} {measured['memory_bytes'] / 1e6:>6.0f} MB {errors['memory_bytes'][-1]:>+7.1%}"
+            f" {measured['seconds']:>7.1f} s {errors['seconds'][-1]:>+7.1%}"
+        )
+    for name, found in errors.items():
+        sizes = [abs(error) for error in found]
+        print(f"{name}: median {statistics.median(sizes):.1%}, worst {max(sizes):.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What is told of memory and time, fitted to whole runs.")
+    parser.add_argument("--write", action="store_true", help="Write the tables by which runs are told.")
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/whole"), help="Where bases and runs lie.")
+    parser.add_argument("--out", type=Path, help="Where to write the record.")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    rates = speed.known(device.find("cpu"))
+    runs = [Known.of(run, given.work) for run in FITTED]
+    if given.write:
+        _write(runs, rates)
+    record = [_record(known, rates) for known in runs]
+    _show(record)
+    if given.out:
+        about = {"versions": device.versions(), "rates": rates.model_dump(), "share": Share.of("cpu").model_dump()}
+        files.write_json(given.out, about | {"runs": record})
+
+
+if __name__ == "__main__":
+    main()

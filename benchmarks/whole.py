@@ -1,0 +1,46 @@
+"""One whole run in a process of its own, as users run it.
+
+`python -m benchmarks.whole BASE ROWS TASK LENGTH OUT [CHANGES ...]`
+
+The bundle comes to OUT; OUT.jsonl tells the resident bytes at each stage, now and at most so far, and the seconds of
+each step. Nothing heavy is imported before the command line would.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def _resident() -> dict[str, int]:
+    """What Linux says of this process's memory, in bytes: now, and at most so far."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB"))
+    held = {name: int(value) * 1024 for name, value, _ in lines}
+    return {"now": held["VmRSS:"], "peak": held["VmHWM:"]}
+
+
+def main(job: list[str], log: TextIO) -> None:
+    """Run what a job says."""
+    from lowres_ft import deferred
+
+    deferred.begin()  # as the command line does
+    import lowres_ft
+    from benchmarks import shapes
+    from lowres_ft.events import Event, Stage, Trained
+
+    def listen(event: Event) -> None:
+        found: dict[str, Any] = {}
+        if isinstance(event, Stage):
+            found = {"stage": event.text, **_resident()}
+        elif isinstance(event, Trained):
+            found = {"seconds": event.step.seconds}
+        if found:
+            print(json.dumps(found), file=log)
+
+    base, rows, task, length, out, *changes = job
+    lowres_ft.run(shapes.recipe(Path(base), Path(rows), task, int(length), *changes), out, listen=listen)
+
+
+if __name__ == "__main__":
+    with open(f"{sys.argv[5]}.jsonl", "w", encoding="utf-8") as log:
+        main(sys.argv[1:], log)

@@ -1,0 +1,86 @@
+"""What is told of memory and time, fitted: constants that were put in are found, and runs are recipes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import fit, probe, runs, shapes, whole
+from benchmarks.fit import Held
+from lowres_ft import deferred
+from lowres_ft.speed import Rates, Share
+
+
+def held(in_heap, *, mapped, single, peak, tensors):
+    return Held(peak * 10**6, tensors * 10**6, 1e6 * in_heap, mapped, single)
+
+
+def test_constants_of_memory_are_found():
+    several = [
+        held(100, mapped=True, single=True, peak=440 + 25 + 10, tensors=10),
+        held(400, mapped=True, single=False, peak=440 + 30 + 100 + 90, tensors=90),
+        held(200, mapped=False, single=False, peak=440 + 30 + 150 + 70, tensors=70),
+        held(0, mapped=False, single=True, peak=440 + 500, tensors=500),
+    ]
+    found = fit.constants(several)
+    assert [(one["libraries"], one["sixteen"]) for one in found.values()] == [
+        pytest.approx((440e6, 30e6), rel=1e-3)
+    ] * 2
+    assert (found["cpu"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
+    of_fp32 = fit.constants([one for one in several if one.single])
+    assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
+
+
+def test_the_share_that_a_processor_reaches_is_found():
+    rates = Rates(flops={"float32": 1e11}, bandwidth=1e10, link=1e9)
+
+    class Imagined:
+        def __init__(self, flops, moved, operations):
+            self.flops, self.moved, self.operations = flops, moved, operations
+            self.measured = self.told(rates, Share(products=0.5, bandwidth=0.8, start=2e-5))
+
+        def told(self, rates, share):
+            products = self.flops / rates.flops["float32"] / share.products
+            return products + self.moved / rates.bandwidth / share.bandwidth + self.operations * share.start
+
+    several = [Imagined(1e12, 1e10, 1e4), Imagined(1e11, 1e11, 1e4), Imagined(1e11, 1e10, 1e6), Imagined(3e11, 3e10, 1)]
+    found = fit.reached(several, rates, Share(products=1.0, bandwidth=1.0, start=1e-5))
+    assert found.model_dump() == pytest.approx({"products": 0.5, "bandwidth": 0.8, "start": 2e-5}, rel=0.02)
+
+
+def test_the_runs_that_judge_are_not_those_that_were_fitted():
+    every = (*runs.FITTED, *runs.JUDGED)
+    assert len({(run.shape, run.task, run.length, run.changes) for run in every}) == len(every)
+    assert len(runs.FITTED) == 12
+    assert len(runs.JUDGED) >= 16
+    assert len({run.key for run in every}) == len(every)
+    assert {run.shape for run in every} == {*shapes.SHAPES}
+    assert {run.shape for run in runs.JUDGED} - {run.shape for run in runs.FITTED}
+
+
+def test_every_run_is_a_recipe(tmp_path):
+    for run in (*runs.FITTED, *runs.JUDGED):
+        found = shapes.recipe(tmp_path, tmp_path / "rows.jsonl", run.task, run.length, *run.settings)
+        assert found.task.max_length == run.length
+        assert found.train.steps == run.steps
+
+
+def test_what_was_told_is_compared_with_what_was_measured():
+    told, probed = {"memory_bytes": 90, "seconds": 12.0}, {"memory_bytes": 95, "seconds": 11.0}
+    measured = {"peak_bytes": 100, "train_seconds": 10.0}
+    found = probe.record(runs.JUDGED[0], {"plan": told | {"probe": probed}, "measured": measured})
+    assert found["told_error"] == pytest.approx({"memory_bytes": -0.1, "seconds": 0.2})
+    assert found["probed_error"] == pytest.approx({"memory_bytes": -0.05, "seconds": 0.1})
+
+
+def test_a_run_tells_its_stages_and_the_seconds_of_its_steps(tmp_path, bases, reviews, monkeypatch):
+    monkeypatch.setattr(deferred, "begin", lambda: None)  # it would last as long as this process
+    with open(tmp_path / "log.jsonl", "w+", encoding="utf-8") as log:
+        changes = ("train.steps=3", "model.dtype=float32", "task.labels=[bad, good]")
+        whole.main([str(bases("bert")), str(reviews), "classification", "32", str(tmp_path / "out"), *changes], log)
+        log.seek(0)
+        told = [SimpleNamespace(**line) for line in map(json.loads, log)]
+    assert sum(hasattr(one, "seconds") for one in told) == 3
+    stages = [one for one in told if hasattr(one, "stage")]
+    assert any(one.stage.startswith("training on") for one in stages)
+    assert all(0 < one.now <= one.peak for one in stages)

@@ -1,0 +1,145 @@
+"""What any run takes at least: told before heavy libraries are imported, and never more than an account tells."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowres_ft import bases as base_module
+from lowres_ft import budget, device, least, profiles, tables
+from lowres_ft import plan as plans
+from lowres_ft.errors import ModelError
+from lowres_ft.recipe import load_recipe
+from tests import conftest
+
+HEAVY = ("torch", "transformers", "numpy", "peft")
+INT8, WORDS = "model.quantize=int8", "model.quantize_embeddings=true"
+RESIDENT = "budget.offload=none"
+
+
+def command(*arguments: str) -> tuple[int, str, list[str]]:
+    """The exit code of a command, what it says, and which heavy libraries it has imported."""
+    code = (
+        "import atexit, json, sys; from lowres_ft.cli.main import main;"
+        f"atexit.register(lambda: print(json.dumps([name for name in {HEAVY} if name in sys.modules])));"
+        "sys.argv[0] = 'lowres-ft'; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr, json.loads(done.stdout.splitlines()[-1])
+
+
+def base(folder: Path, **tensors: tuple[int, ...]) -> Path:
+    """A base of which nothing but headers is there."""
+    header = {name.replace("__", "."): {"dtype": "F32", "shape": shape} for name, shape in tensors.items()}
+    written = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    (folder / "model.safetensors").write_bytes(len(written).to_bytes(8, "little") + written)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["recipe", "curve", "plan"])
+def test_a_bound_below_what_libraries_take_is_refused_before_they_are_imported(name):
+    code, told, imported = command(name, "sentiment-lora", "budget.memory=300MiB")
+    assert code == 2
+    assert told.startswith("error: budget.memory: 300 MiB are less than the ")
+    assert "hint: Give it more" in told
+    assert imported == []
+
+
+@pytest.mark.parametrize("name", ["recipe", "curve"])
+def test_a_bound_below_what_weights_take_is_refused_too(name, tmp_path):
+    model = base(tmp_path, embed__weight=(150_000, 4096), layers__0__mlp__weight=(4096, 4096))
+    overrides = (f"model.base={model}", "model.dtype=bfloat16", INT8, "budget.memory=2GiB")
+    code, told, imported = command(name, "sentiment-lora", *overrides)
+    assert code == 2
+    assert "error: this run needs 4.1 GiB at least, and may take 2.0 GiB: libraries take " in told
+    assert "model.quantize_embeddings=true saves 615 MiB. Use a smaller base, or give it more." in told
+    assert imported == []
+
+
+def test_the_libraries_are_those_of_the_device(monkeypatch):
+    fitted = tables.read("memory")
+    assert least.libraries("cpu") == fitted["cpu"]["libraries"]
+    fitted["cuda"]["libraries"] = least.libraries("cpu") - 1
+    monkeypatch.setattr(tables, "read", lambda _: fitted)
+    monkeypatch.setattr(least, "_may_have_gpu", lambda: True)
+    assert least.libraries("auto") == min(least.libraries("cpu"), least.libraries("cuda:1")) < least.libraries("cpu")
+    monkeypatch.setattr(least, "_may_have_gpu", lambda: False)
+    assert least.libraries("auto") == least.libraries("cpu")
+    least.require_libraries(load_recipe("sentiment-lora", [f"budget.memory={least.libraries('cpu')}B"]), "cpu")
+    least.require(load_recipe("sentiment-lora", ["budget.memory=auto"]), "cpu")
+    with pytest.raises(ModelError, match="libraries alone take"):
+        least.require(load_recipe("sentiment-lora", [f"budget.memory={least.libraries('cpu') - 1}B"]), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param((), 2 * 1000 + 4 * 1000, id="words, one of them read in fp32; layers may pass"),
+        pytest.param((RESIDENT,), 2 * (1000 + 2400 + 40) + 4 * 2000, id="layers stay"),
+        pytest.param((RESIDENT, "model.dtype=float32"), 4 * (1000 + 2400 + 40) + 4 * 2000, id="fp32"),
+        pytest.param((RESIDENT, INT8), 2 * (1000 + 40) + 2400 + 4 * 2000, id="int8, but for words and norms"),
+        pytest.param((INT8, WORDS), 1000 + 4 * 1000, id="int8 words"),
+        pytest.param(("model.quantize=nf4", WORDS), 500 + 4 * 500, id="nf4 words, two to a byte"),
+        pytest.param(("method={kind: full}",), (4 + 4 + 8) * (1000 + 2400 + 40), id="all weights are trained"),
+    ],
+)
+def test_weights_by_hand(changes, expected, tmp_path):
+    model = base(
+        tmp_path,
+        embed_tokens__weight=(100, 10),
+        layers__0__up__weight=(200, 10),
+        layers__0__down__weight=(10, 40),
+        layers__0__norm__weight=(40,),
+        vision__embeddings__weight=(9000, 10),  # which a model of texts may do without
+        lm_head__weight=(9000, 10),
+    )
+    recipe = load_recipe("sentiment-lora", [f"model.base={model}", *changes])
+    assert least.Weights.of(recipe).bytes(recipe) == expected
+
+
+@pytest.mark.parametrize("changes", [(), (INT8,), (INT8, WORDS), (RESIDENT,), ("method={kind: full}",)], ids=str)
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2", "modernbert", "llama", "gpt2"])
+def test_no_account_tells_less(kind, changes, bases, reviews):
+    recipe = conftest.recipe(bases(kind), reviews, *changes)
+    found = base_module.resolve(recipe.model)
+    profile = profiles.profile(found, recipe.task)
+    weights, accounts = least.Weights.of(recipe), budget.Accounts(found, profile)
+    *_, frugal = budget.plans(recipe, plans.make(recipe, profile, device.find("cpu")), profile)
+    assert weights.bytes(recipe) > 0
+    assert weights.needed(recipe, "cpu") <= accounts.bytes(recipe, frugal)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 16,
+        b"\x02\0\0\0\0\0\0\0{]",
+        b'\x08\0\0\0\0\0\0\0{"a": 1}',
+        (3 << 40).to_bytes(8, "little") + b"{}",
+    ],
+    ids=str,
+)
+def test_of_a_broken_file_nothing_is_known(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    recipe = load_recipe("sentiment-lora", [f"model.base={tmp_path}"])
+    assert least.Weights.of(recipe).shapes == {}
+
+
+@pytest.mark.parametrize("name", ["starter:nothing", "no/such-base", "starter:reviews"])
+def test_of_a_base_that_is_not_here_nothing_is_known(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path))
+    recipe = load_recipe("sentiment-lora", [f"model.base={name}"])
+    assert least.Weights.of(recipe).shapes == {}
+
+
+def test_what_saves_enough_is_let_in(tmp_path):
+    model = base(tmp_path, wte__weight=(50_000, 1000))
+    overrides = [f"model.base={model}", INT8, "budget.memory=730MiB"]
+    with pytest.raises(ModelError) as error:
+        least.require(load_recipe("sentiment-lora", overrides), "cpu")
+    assert error.value.hint.startswith("model.quantize_embeddings=true saves ")
+    assert "smaller base" not in error.value.hint
+    least.require(load_recipe("sentiment-lora", [*overrides, WORDS]), "cpu")
