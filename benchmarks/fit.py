@@ -128,7 +128,7 @@ def _write(runs: Sequence[Known], rates: Rates) -> None:
 
 def _record(known: Known, rates: Rates) -> dict[str, Any]:
     """What is told of a run by the tables as they are, and what was measured."""
-    told, _ = memory.estimate(known.recipe, known.base, known.profile, known.plan, known.course.micro_batches)
+    told, _ = known.told
     timed = Timed(known)
     return {
         "run": known.run.name,

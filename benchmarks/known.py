@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,10 +69,13 @@ class Known:
         steps = [one["seconds"] for one in lines if "seconds" in one]
         return cls(run, report, steps, recipe, base, profiles.profile(base, recipe.task), plan, course)
 
-    @cached_property
+    @property
     def told(self) -> tuple[Memory, Account]:
         """What is told of its memory, and the account of the micro-batch that needs most."""
-        return memory.estimate(self.recipe, self.base, self.profile, self.plan, self.course.micro_batches)
+        course = self.course
+        return memory.estimate(
+            self.recipe, self.base, self.profile, self.plan, course.micro_batches, goes_on=course.goes_on
+        )
 
     @property
     def peak(self) -> int:

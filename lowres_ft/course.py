@@ -75,6 +75,11 @@ class Course:
         every = sorted((shape for step in self.sample for shape in step), key=lambda shape: shape[0] * shape[1])
         return every[len(every) // 2]
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether steps come after an evaluation."""
+        return 0 < self.every < self.steps
+
     def step(self, pace: Pace) -> float:
         """Seconds of a step."""
         return fmean(sum(map(pace.seconds, step)) for step in self.sample) + pace.update

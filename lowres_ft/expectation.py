@@ -49,7 +49,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     rates = speed.known(machine)
 
     def account() -> dict[str, Any]:
-        needed, long = memory.estimate(recipe, base, profile, plan, course.micro_batches)
+        needed, long = memory.estimate(recipe, base, profile, plan, course.micro_batches, goes_on=course.goes_on)
         typical = long
         if course.typical != (long.rows, long.width):
             typical = simulate.account(recipe, base, profile, plan, *course.typical)
@@ -60,7 +60,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    what = json.dumps(["expected", *known, course.micro_batches, course.typical, rates.model_dump(), *memory.basis()])
+    what = json.dumps(["expected", *known, course.micro_batches, course.typical, course.goes_on, rates.model_dump(), *memory.basis()])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

@@ -8,7 +8,7 @@ benchmarks.probe` tells how far both lie apart.
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -112,11 +112,18 @@ def heaviest(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
 
 
 def estimate(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shapes: Sequence[Shape] = ()
+    recipe: Recipe,
+    base: Base,
+    profile: Profile,
+    plan: Plan,
+    shapes: Sequence[Shape] = (),
+    *,
+    goes_on: bool = True,
 ) -> tuple[Memory, Account]:
     """What a run needs at its peak, and the account of the micro-batch that needs most.
 
-    Without the `shapes` of a run's micro-batches they are as large as the recipe lets them be.
+    Without the `shapes` of a run's micro-batches they are as large as the recipe lets them be. A run that `goes_on`
+    after an evaluation does so beside a copy of its best tensors; where there is but one, at the end, no step does.
 
     Raises:
         ModelError: The base cannot be adapted as asked.
@@ -128,7 +135,10 @@ def estimate(
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
     in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
     holes = _HOLES * kept_in_heap(account, profile, plan)
-    return _memory(account.held, account.peak, fitted, in_pieces, holes), account
+    held, peak = account.held, account.peak
+    if not goes_on and account.training.bytes > account.evaluation.bytes + held.best:
+        held, peak = replace(held, best=0), account.training
+    return _memory(held, peak, fitted, in_pieces, holes), account
 
 
 def basis() -> list[Any]:
