@@ -60,7 +60,8 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
     known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
-    what = json.dumps(["expected", *known, course.micro_batches, course.typical, course.goes_on, rates.model_dump(), *memory.basis()])
+    steps = [course.micro_batches, course.typical, course.goes_on]
+    what = json.dumps(["expected", *known, *steps, rates.model_dump(), *memory.basis()])
     try:
         found = timings.once(machine, plan.dtype, what, account)
         return Expected(course, Memory(**found["memory"]), Pace.model_validate(found["pace"]))

@@ -16,6 +16,7 @@ import torch
 
 from lowres_ft import allocator, device, simulate, tables
 from lowres_ft.bases import Base
+from lowres_ft.ledger import Kind
 from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
@@ -135,9 +136,11 @@ def estimate(
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
     in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
     holes = _HOLES * kept_in_heap(account, profile, plan)
-    held, peak = account.held, account.peak
-    if not goes_on and account.training.bytes > account.evaluation.bytes + held.best:
-        held, peak = replace(held, best=0), account.training
+    moments = [(account.held, account.peak)]
+    if not goes_on:  # the copy is made once the evaluation has ended
+        gradients: dict[Kind, float] = {"gradients": account.evaluation.most.get("gradients", 0)}
+        moments = [(replace(account.held, best=0), account.peak), (account.held, Pass(gradients, {}))]
+    held, peak = max(moments, key=lambda moment: moment[0].total + moment[1].bytes)
     return _memory(held, peak, fitted, in_pieces, holes), account
 
 
