@@ -1,6 +1,7 @@
 """What is told of memory and time, fitted to whole runs: `python -m benchmarks.fit [--write] [--work F] [--out FILE]`.
 
-Memory: what a process takes beside its tensors (`lowres_ft/tables/memory.json`). Time: the share of its best that a
+Memory: what a process takes beside its tensors (`lowres_ft/tables/memory.json`), and of other runs what one takes that
+is bound. Time: the share of its best that a
 processor reaches (`lowres_ft/tables/speed.json`). The tables change with `--write` alone; what is shown is told by them
 as they then are. A run's first step, by which not all kernels and memory are ready, does not count. Nothing else may
 run: time counts, and memory is given back by the clock.
@@ -18,7 +19,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from benchmarks.known import Known
-from benchmarks.runs import FITTED
+from benchmarks.runs import BOUND, FITTED
 from lowres_ft import device, files, memory, pace, profiles, simulate, speed, tables
 from lowres_ft.pace import Shape
 from lowres_ft.simulate import Account
@@ -37,8 +38,8 @@ class Held:
     """Bytes of it that follow from the account of a step."""
     in_heap: float
     """Most bytes that a micro-batch has in the heap."""
-    mapped: bool
-    """Whether large tensors were mapped by themselves."""
+    heap: str
+    """What lies there: its kind, as `memory.heap` tells."""
     single: bool
     """Whether the weights were held in fp32."""
 
@@ -46,29 +47,28 @@ class Held:
     def of(cls, known: Known) -> "Held":
         """That of a run that was done."""
         told, account = known.told
+        kind = memory.heap(known.recipe, known.profile, known.plan)
         return cls(
             peak=known.peak,
             tensors=sum(size for name, size in told.terms.items() if name not in ("libraries", "allocator")),
-            in_heap=memory.in_heap(account, known.profile, known.plan, known.course.micro_batches),
-            mapped=memory.is_mapped(known.profile, known.plan),
+            in_heap=memory.in_heap(account, kind, known.course.micro_batches),
+            heap=kind,
             single=memory.holds_single(known.recipe, known.plan),
         )
 
 
 def constants(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
-    """Least squares of relative errors: the constants of a processor, large tensors mapped or in the heap."""
-    columns = np.array(
-        [[1.0, not one.single, one.in_heap * one.mapped, one.in_heap * (not one.mapped)] for one in runs]
-    )
+    """Least squares of relative errors: constants by the kind of heap, of which all but `fragmentation` are shared."""
+    kinds = sorted({one.heap for one in runs})
+    columns = [[1.0, not one.single, *(one.in_heap * (one.heap == kind) for kind in kinds)] for one in runs]
     rest = np.array([one.peak - one.tensors for one in runs])
     weights = 1 / np.array([one.peak for one in runs])
-    libraries, sixteen, *kept = np.linalg.lstsq(columns * weights[:, None], rest * weights, rcond=None)[0]
+    found = np.linalg.lstsq(np.array(columns) * weights[:, None], rest * weights, rcond=None)[0]
+    libraries, sixteen, *kept = found
     shared = {"libraries": round(libraries)}
     if not all(one.single for one in runs):  # else none tells of 16 bits
         shared["sixteen"] = round(sixteen)
-    return {
-        name: shared | {"fragmentation": round(float(of), 3)} for name, of in zip(("cpu", "heap"), kept, strict=True)
-    }
+    return {kind: shared | {"fragmentation": round(float(of), 3)} for kind, of in zip(kinds, kept, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
     return Share(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(found.x), strict=True)})
 
 
-def _write(runs: Sequence[Known], rates: Rates) -> None:
+def _write(runs: Sequence[Known], bound: Sequence[Known], rates: Rates) -> None:
     """Write both tables."""
-    found = constants([Held.of(known) for known in runs])
+    found = constants([Held.of(known) for known in runs]) | constants([Held.of(known) for known in bound])
     table = tables.read("memory")
     files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
     share = reached([Timed(known) for known in runs], rates, Share.of("cpu"))
@@ -160,10 +160,10 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     rates = speed.known(device.find("cpu"))
-    runs = [Known.of(run, given.work) for run in FITTED]
+    runs, bound = ([Known.of(run, given.work) for run in several] for several in (FITTED, BOUND))
     if given.write:
-        _write(runs, rates)
-    record = [_record(known, rates) for known in runs]
+        _write(runs, bound, rates)
+    record = [_record(known, rates) for known in (*runs, *bound)]
     _show(record)
     if given.out:
         about = {"versions": device.versions(), "rates": rates.model_dump(), "share": Share.of("cpu").model_dump()}

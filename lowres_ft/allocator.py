@@ -22,7 +22,7 @@ from pathlib import Path
 
 HUGE = 2**21  # bytes from which PyTorch asks for huge pages
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of mallopt, in glibc
-_MAPPED = 2**18  # bytes from which memory is mapped by itself where every page counts
+MAPPED = 2**18  # bytes from which memory is mapped by itself where every page counts
 _TOP, _LITTLE = 2**25, 2**17  # bytes at the end of the heap that are kept for what is asked next; those of glibc
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # how smaps begins to tell of one
 _WIDE = 512  # numbers that stand for a token in a layer
@@ -61,7 +61,7 @@ def maps(hidden: int) -> bool:
     MiniLM's products on short texts are so small that what is left of a tensor beside its huge pages costs a tenth of a
     step.
     """
-    return hidden >= _WIDE and _is_glibc() and "MALLOC_MMAP_THRESHOLD_" not in os.environ and has_huge_pages()
+    return hidden >= _WIDE and tightens() and "MALLOC_MMAP_THRESHOLD_" not in os.environ and has_huge_pages()
 
 
 def settle(hidden: int) -> None:
@@ -83,14 +83,15 @@ def tighten() -> None:
     It stays so until the process ends, and costs time: for processes whose memory is bounded.
     """
     global _tightened
-    if _is_glibc():
+    if tightens():
         _tightened = True
         _tell(_ARENA_MAX, 1)
-        _tell(_MMAP_THRESHOLD, _MAPPED)
+        _tell(_MMAP_THRESHOLD, MAPPED)
         _tell(_TRIM_THRESHOLD, _LITTLE)
 
 
-def _is_glibc() -> bool:
+def tightens() -> bool:
+    """Whether `tighten` does anything: malloc is glibc's."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
@@ -104,7 +105,7 @@ _due = 0.0  # when the heap is tidied again; it is of the process
 def tidy() -> None:
     """Give back what lies free in the heap, unless it was so lately that it would cost more than it may."""
     global _due
-    if (began := time.perf_counter()) < _due or not _is_glibc():
+    if (began := time.perf_counter()) < _due or not tightens():
         return
     before = resident()
     give_back()

@@ -146,14 +146,14 @@ def together(recipe: Recipe, plan: Plan, now: int, most: int, needs: Needs) -> t
 
     Where no changes do, all that are worth it.
     """
-    changes: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     while now > most:
         found = [one for one in _needed(recipe, plan, needs) if one[2].task.max_length >= _SHORTEST]
         if not found or now - (best := min(found, key=lambda one: one[0]))[0] < _LEAST_SAVED:
             break
         now, change, recipe = best
-        changes[change.partition("=")[0]] = change
-    return tuple(changes.values()), now
+        chosen[change.partition("=")[0]] = change
+    return tuple(chosen.values()), now
 
 
 def _together(changes: Sequence[str], needed: int, most: int) -> str:

@@ -59,7 +59,8 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
 
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})
     train = recipe.train.model_dump(mode="json", include={"batch_size", "optimizer"})
-    known = [parts, train, recipe.data.validation is None, base.identity(), plan.model_dump(mode="json")]
+    flags = [recipe.data.validation is None, recipe.budget.memory is None]
+    known = [parts, train, flags, base.identity(), plan.model_dump(mode="json")]
     steps = [course.micro_batches, course.typical, course.goes_on]
     what = json.dumps(["expected", *known, *steps, rates.model_dump(), *memory.basis()])
     try:

@@ -1,8 +1,8 @@
 """What any run of a recipe takes at least, told in a moment and without a heavy library.
 
 Libraries take what was fitted. Weights take what the headers of their files say, in the form in which a recipe lets
-them be held: those of words, and where layers cannot pass through room for two of them, those of layers. Nothing is
-counted that some plan could do without, so that no run is refused here which could be told to fit.
+them be held by a processor: those of words, and where layers cannot pass through room for two of them, those of layers.
+Nothing is counted that some plan could do without, so that no run is refused here which could be told to fit.
 """
 
 import json
@@ -31,10 +31,10 @@ _MOMENTS = {"adamw": 8, "adamw8bit": 2}
 
 
 def libraries(device: str) -> int:
-    """Bytes that the libraries of any run take on a device; where it is `auto`, on the one where they take least."""
+    """Bytes that the libraries of a bound run take on a device; where it is `auto`, where they take least."""
     fitted = tables.read("memory")
-    either = ("cpu", "cuda") if _may_have_gpu() else ("cpu",)
-    kinds = either if device == "auto" else ("cpu" if device == "cpu" else "cuda",)
+    either = ("bound", "cuda") if _may_have_gpu() else ("bound",)
+    kinds = either if device == "auto" else ("bound" if device == "cpu" else "cuda",)
     return min(int(fitted[kind]["libraries"]) for kind in kinds)
 
 
@@ -54,21 +54,23 @@ def require_libraries(recipe: Recipe, device: str = "auto") -> None:
 
 
 def require(recipe: Recipe, device: str = "auto") -> None:
-    """See, without a heavy library, that a recipe's budget holds what libraries and weights take.
+    """See, without a heavy library, that a recipe's budget holds what libraries take, and on a processor weights too.
 
     Raises:
         ModelError: It does not; the hint lists changes and what each saves, as far as can be told so.
     """
     require_libraries(recipe, device)
+    most = _bound(recipe)
+    if most is None or (device != "cpu" and _may_have_gpu()):
+        return
     weights = Weights.of(recipe)
-    most, needed = _bound(recipe), weights.needed(recipe, device)
-    if most is not None and most < needed:
-        parts = libraries(device), weights.bytes(recipe)
+    if most < (needed := weights.needed(recipe)):
+        parts = libraries("cpu"), weights.bytes(recipe)
         taken, read, spare = map(show_bytes, (*parts, needed - sum(parts)))
         raise ModelError(
             f"this run needs {show_bytes(needed)} at least, and may take {show_bytes(most)}: libraries take {taken}, "
             f"weights {read} while they are read, and {spare} are spared",
-            hint=_remedies(weights, recipe, device, needed, most),
+            hint=_remedies(weights, recipe, needed, most),
         )
 
 
@@ -78,13 +80,10 @@ def _bound(recipe: Recipe) -> int | None:
     return None if told in (None, "auto") else parse_bytes(str(told))
 
 
-def _remedies(weights: "Weights", recipe: Recipe, device: str, needed: int, most: int) -> str:
+def _remedies(weights: "Weights", recipe: Recipe, needed: int, most: int) -> str:
     """What changes save by themselves, and whether that is enough."""
-    kind = "cpu" if device in ("auto", "cpu") else "cuda"
-    found = [
-        (needed - weights.needed(changed, device), change)
-        for change, changed in changes.frugal(recipe, recipe.model.dtype, kind)
-    ]
+    several = changes.frugal(recipe, recipe.model.dtype, "cpu")
+    found = [(needed - weights.needed(changed), change) for change, changed in several]
     found = sorted((one for one in found if one[0] > 0), reverse=True)
     listed = "".join(f"{change} saves {show_bytes(saved)}. " for saved, change in found)
     enough = bool(found) and found[0][0] >= needed - most
@@ -108,10 +107,9 @@ class Weights:
         except (LowresError, OSError, ValueError, KeyError, TypeError, AttributeError):  # for those to tell who read it
             return cls({})
 
-    def needed(self, recipe: Recipe, device: str) -> int:
+    def needed(self, recipe: Recipe) -> int:
         """Bytes that a run has to be given."""
-        of_gpu = device != "cpu" and _may_have_gpu()
-        return limits.given(libraries(device) + self.bytes(recipe), "cuda" if of_gpu else "cpu")
+        return limits.given(libraries("cpu") + self.bytes(recipe), "cpu")
 
     def bytes(self, recipe: Recipe) -> int:
         """Bytes that weights take at least: the largest while it is read, or what trains all of them."""

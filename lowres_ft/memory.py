@@ -25,6 +25,7 @@ from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
 _FILE_ELEMENT = 4  # bytes: files may hold fp32, whatever is kept of it
+_MAPPED_FROM = {"bound": allocator.MAPPED, "cpu": allocator.HUGE}  # bytes of a tensor that lies in no heap
 _HOLES = 3  # beside each layer's input that is kept in the heap, of its size: malloc_info (glibc 2.36) shows them
 
 
@@ -39,9 +40,8 @@ class Fitted(Spec):
     """Bytes that the heap keeps in pieces for each byte that a micro-batch has there."""
 
     @classmethod
-    def of(cls, device: str, *, mapped: bool) -> "Fitted":
-        """Those of a processor, its large tensors mapped or in the heap; others are taken to be like a GPU."""
-        kind = ("cpu" if mapped else "heap") if device == "cpu" else "cuda"
+    def of(cls, kind: str) -> "Fitted":
+        """Those of a kind of heap (`heap`), or of a GPU (`cuda`)."""
         return cls.model_validate(tables.read("memory")[kind])
 
 
@@ -132,10 +132,11 @@ def estimate(
     several = heaviest(shapes, plan) if shapes else list(full(recipe, plan))
     accounts = [simulate.account(recipe, base, profile, plan, *shape) for shape in several]
     account = max(accounts, key=lambda one: one.peak.bytes)
-    fitted = Fitted.of(plan.device, mapped=is_mapped(profile, plan))
+    kind = heap(recipe, profile, plan)
+    fitted = Fitted.of(kind)
     sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
-    in_pieces = sixteen + fitted.fragmentation * in_heap(account, profile, plan, shapes)
-    holes = _HOLES * kept_in_heap(account, profile, plan)
+    in_pieces = sixteen + fitted.fragmentation * in_heap(account, kind, shapes)
+    holes = _HOLES * kept_in_heap(account, profile, plan, kind)
     moments = [(account.held, account.peak)]
     if not goes_on:  # the copy is made once the evaluation has ended
         gradients: dict[Kind, float] = {"gradients": account.evaluation.most.get("gradients", 0)}
@@ -149,26 +150,37 @@ def basis() -> list[Any]:
     return [list(Memory.__dataclass_fields__), tables.read("memory"), tables.read("speed"), device.versions()]
 
 
-def is_mapped(profile: Profile, plan: Plan) -> bool:
-    """Whether large tensors are mapped by themselves, and do not lie in a heap."""
-    return plan.device == "cpu" and allocator.maps(profile.hidden)
+def heap(recipe: Recipe, profile: Profile, plan: Plan) -> str:
+    """Which kind of heap a run has.
+
+    Of a `bound` process small tensors lie there alone, of wide models (`cpu`) all but large ones, else (`heap`) all. A
+    GPU has none (`cuda`), and other devices are taken to be like it.
+    """
+    if plan.device != "cpu":
+        return "cuda"
+    if recipe.budget.memory is not None and allocator.tightens():
+        return "bound"
+    return "cpu" if allocator.maps(profile.hidden) else "heap"
 
 
-def in_heap(account: Account, profile: Profile, plan: Plan, shapes: Sequence[Shape]) -> float:
-    """Most bytes that a micro-batch of some shapes has in the heap at its peak.
+def in_heap(account: Account, kind: str, shapes: Sequence[Shape]) -> float:
+    """Most bytes that a micro-batch of some shapes has in a kind of heap at its peak.
 
     Where large tensors are mapped, a smaller micro-batch may have more there than the one that takes most of all.
     """
-    limit = allocator.HUGE if is_mapped(profile, plan) else sys.maxsize
+    limit = _MAPPED_FROM.get(kind, sys.maxsize)
     whole = account.rows * account.width
     shares = {1.0, *(min(1.0, rows * width / whole) for rows, width in shapes)}
     return max(account.peak.small(limit, share) for share in shares)
 
 
-def kept_in_heap(account: Account, profile: Profile, plan: Plan) -> float:
-    """Bytes in the heap of layers' inputs, where layers are computed again and all else of them is freed at once."""
+def kept_in_heap(account: Account, profile: Profile, plan: Plan, kind: str) -> float:
+    """Bytes in a kind of heap of layers' inputs, where layers are computed again and all else of them is freed at once.
+
+    A GPU's allocator has its own ways.
+    """
     size = account.rows * account.width * profile.hidden * getattr(torch, plan.dtype).itemsize
-    if plan.device != "cpu" or plan.recompute != "layers" or (is_mapped(profile, plan) and size >= allocator.HUGE):
+    if kind == "cuda" or plan.recompute != "layers" or size >= _MAPPED_FROM.get(kind, sys.maxsize):
         return 0.0
     return account.training.most.get("activations", 0.0)
 

@@ -95,7 +95,7 @@ def test_what_was_tightened_stays_so(system, monkeypatch):
     assert told[allocator._MMAP_THRESHOLD] == allocator.HUGE
     allocator.tighten()
     allocator.settle(768)
-    assert told[allocator._MMAP_THRESHOLD] == allocator._MAPPED
+    assert told[allocator._MMAP_THRESHOLD] == allocator.MAPPED
 
 
 def test_the_heap_is_tidied_as_often_as_that_costs_a_hundredth_of_the_time(monkeypatch):

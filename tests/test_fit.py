@@ -11,16 +11,16 @@ from lowres_ft import deferred
 from lowres_ft.speed import Rates, Share
 
 
-def held(in_heap, *, mapped, single, peak, tensors):
-    return Held(peak * 10**6, tensors * 10**6, 1e6 * in_heap, mapped, single)
+def held(in_heap, heap, *, single, peak, tensors):
+    return Held(peak * 10**6, tensors * 10**6, 1e6 * in_heap, heap, single)
 
 
 def test_constants_of_memory_are_found():
     several = [
-        held(100, mapped=True, single=True, peak=440 + 25 + 10, tensors=10),
-        held(400, mapped=True, single=False, peak=440 + 30 + 100 + 90, tensors=90),
-        held(200, mapped=False, single=False, peak=440 + 30 + 150 + 70, tensors=70),
-        held(0, mapped=False, single=True, peak=440 + 500, tensors=500),
+        held(100, "cpu", single=True, peak=440 + 25 + 10, tensors=10),
+        held(400, "cpu", single=False, peak=440 + 30 + 100 + 90, tensors=90),
+        held(200, "heap", single=False, peak=440 + 30 + 150 + 70, tensors=70),
+        held(0, "heap", single=True, peak=440 + 500, tensors=500),
     ]
     found = fit.constants(several)
     assert [(one["libraries"], one["sixteen"]) for one in found.values()] == [
@@ -49,7 +49,7 @@ def test_the_share_that_a_processor_reaches_is_found():
 
 
 def test_the_runs_that_judge_are_not_those_that_were_fitted():
-    every = (*runs.FITTED, *runs.JUDGED)
+    every = (*runs.FITTED, *runs.BOUND, *runs.JUDGED)
     assert len({(run.shape, run.task, run.length, run.changes) for run in every}) == len(every)
     assert len(runs.FITTED) == 12
     assert len(runs.JUDGED) >= 16
@@ -59,7 +59,7 @@ def test_the_runs_that_judge_are_not_those_that_were_fitted():
 
 
 def test_every_run_is_a_recipe(tmp_path):
-    for run in (*runs.FITTED, *runs.JUDGED):
+    for run in (*runs.FITTED, *runs.BOUND, *runs.JUDGED):
         found = shapes.recipe(tmp_path, tmp_path / "rows.jsonl", run.task, run.length, *run.settings)
         assert found.task.max_length == run.length
         assert found.train.steps == run.steps

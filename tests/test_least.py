@@ -60,7 +60,7 @@ def test_a_bound_below_what_weights_take_is_refused_too(name, tmp_path):
 
 def test_the_libraries_are_those_of_the_device(monkeypatch):
     fitted = tables.read("memory")
-    assert least.libraries("cpu") == fitted["cpu"]["libraries"]
+    assert least.libraries("cpu") == fitted["bound"]["libraries"]
     fitted["cuda"]["libraries"] = least.libraries("cpu") - 1
     monkeypatch.setattr(tables, "read", lambda _: fitted)
     monkeypatch.setattr(least, "_may_have_gpu", lambda: True)
@@ -108,7 +108,7 @@ def test_no_account_tells_less(kind, changes, bases, reviews):
     weights, accounts = least.Weights.of(recipe), budget.Accounts(found, profile)
     *_, frugal = budget.plans(recipe, plans.make(recipe, profile, device.find("cpu")), profile)
     assert weights.bytes(recipe) > 0
-    assert weights.needed(recipe, "cpu") <= accounts.bytes(recipe, frugal)
+    assert weights.needed(recipe) <= accounts.bytes(recipe, frugal)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +143,13 @@ def test_what_saves_enough_is_let_in(tmp_path):
     assert error.value.hint.startswith("model.quantize_embeddings=true saves ")
     assert "smaller base" not in error.value.hint
     least.require(load_recipe("sentiment-lora", [*overrides, WORDS]), "cpu")
+
+
+def test_where_a_gpu_may_compute_weights_may_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(least, "_may_have_gpu", lambda: True)
+    wanted = load_recipe(
+        "sentiment-lora", [f"model.base={base(tmp_path, wte__weight=(10**6, 1000))}", "budget.memory=1GiB"]
+    )
+    least.require(wanted, "auto")
+    with pytest.raises(ModelError, match=r"weights 5\.6 GiB while they are read"):
+        least.require(wanted, "cpu")

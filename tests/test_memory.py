@@ -3,18 +3,36 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
-from lowres_ft import allocator, device, memory, tables
+import pytest
+
+from lowres_ft import allocator, device, memory, profiles, simulate, tables
+from lowres_ft import bases as base_module
+from lowres_ft import plan as plans
 from lowres_ft.memory import Fitted, Memory
 from lowres_ft.simulate import Account, Held, Pass
+from tests import conftest
 
+
+@pytest.fixture
+def made(bases, reviews):
+    """A recipe on a tiny base, its base, its profile and its plan."""
+    recipe = conftest.recipe(bases("bert"), reviews)
+    base = base_module.resolve(recipe.model)
+    profile = profiles.profile(base, recipe.task)
+    return recipe, base, profile, plans.make(recipe, profile, device.find("cpu"))
+
+
+NOTHING = Held(
+    **dict.fromkeys(("linears", "embeddings", "others", "heads", "adapter", "optimizer", "best", "largest"), 0)
+)
 TERMS = dict.fromkeys(Memory.__dataclass_fields__, 0)
 
 
 def test_the_fitted_constants_are_sizes_of_a_process():
-    for kind in ("cpu", "heap", "cuda"):
+    for kind in ("bound", "cpu", "heap", "cuda"):
         fitted = Fitted.model_validate(tables.read("memory")[kind])
         assert 3e8 < fitted.libraries < 1e9
         assert 0 <= fitted.fragmentation < 1
@@ -27,24 +45,47 @@ def test_loading_may_take_more_than_training():
     assert held.to_json() == {"total": 40, **asdict(held)}
 
 
-def kept(profile, plan, *, rows, activations=30e6):
-    of = Held(
-        **dict.fromkeys(("linears", "embeddings", "others", "heads", "adapter", "optimizer", "best", "largest"), 0)
-    )
-    account = Account(rows, 128, of, Pass({"activations": activations}, {}), Pass({"activations": 2 * activations}, {}))
-    return memory.kept_in_heap(account, profile, plan)
+def kept(profile, plan, *, rows, kind):
+    account = Account(rows, 128, NOTHING, Pass({"activations": 30e6}, {}), Pass({"activations": 60e6}, {}))
+    return memory.kept_in_heap(account, profile, plan, kind)
 
 
-def test_inputs_of_recomputed_layers_leave_holes_where_they_lie_in_the_heap(monkeypatch):
-    monkeypatch.setattr(allocator, "maps", lambda hidden: hidden >= 512)
+def test_inputs_of_recomputed_layers_leave_holes_where_they_lie_in_the_heap():
     narrow, wide = (SimpleNamespace(hidden=hidden) for hidden in (384, 576))
-    plan = SimpleNamespace(device="cpu", recompute="layers", dtype="bfloat16")
-    assert kept(narrow, plan, rows=32) == 30e6
-    assert kept(wide, plan, rows=8) == 30e6  # 1.2 MB each
-    assert kept(wide, plan, rows=16) == 0  # 2.4 MB, which are mapped
-    assert kept(wide, SimpleNamespace(**vars(plan) | {"dtype": "float32"}), rows=8) == 0
-    assert kept(wide, SimpleNamespace(**vars(plan) | {"recompute": "selective"}), rows=8) == 0
-    assert kept(wide, SimpleNamespace(**vars(plan) | {"device": "cuda"}), rows=8) == 0
+    plan = SimpleNamespace(recompute="layers", dtype="bfloat16")
+    assert kept(narrow, plan, rows=32, kind="heap") == 30e6
+    assert kept(wide, plan, rows=8, kind="cpu") == 30e6  # 1.2 MB each
+    assert kept(wide, plan, rows=16, kind="cpu") == 0  # 2.4 MB, which are mapped
+    assert kept(wide, plan, rows=1, kind="bound") == 30e6  # 0.15 MB
+    assert kept(wide, plan, rows=2, kind="bound") == 0
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"dtype": "float32"}), rows=8, kind="cpu") == 0
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"recompute": "selective"}), rows=8, kind="cpu") == 0
+    assert kept(wide, plan, rows=8, kind="cuda") == 0
+
+
+def test_the_kind_of_heap_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(allocator, "maps", lambda hidden: hidden >= 512)
+    free, bound = (SimpleNamespace(budget=SimpleNamespace(memory=memory)) for memory in (None, "auto"))
+    narrow, wide = (SimpleNamespace(hidden=hidden) for hidden in (384, 576))
+    cpu, gpu = (SimpleNamespace(device=device) for device in ("cpu", "cuda:0"))
+    monkeypatch.setattr(allocator, "tightens", lambda: True)
+    assert [memory.heap(free, one, cpu) for one in (narrow, wide)] == ["heap", "cpu"]
+    assert [memory.heap(bound, one, cpu) for one in (narrow, wide)] == ["bound", "bound"]
+    assert memory.heap(bound, wide, gpu) == "cuda"
+    monkeypatch.setattr(allocator, "tightens", lambda: False)
+    assert memory.heap(bound, wide, cpu) == "cpu"
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(0, 100 + 40), (900, 900 + 900)])
+def test_a_copy_of_the_best_tensors_is_there_after_the_only_evaluation(weights, expected, made, monkeypatch):
+    """Beside gradients, and not beside what a step or an evaluation computes with."""
+    held = replace(NOTHING, best=weights)
+    passes = Pass({"activations": 100, "gradients": 40}, {}), Pass({"activations": 20, "gradients": weights}, {})
+    monkeypatch.setattr(simulate, "account", lambda *_: Account(1, 1, held, *passes))
+    told = {on: memory.estimate(*made, goes_on=on)[0] for on in (True, False)}
+    tensors = {on: one.activations + one.gradients + one.best for on, one in told.items()}
+    assert tensors[False] == expected
+    assert tensors[True] == max(140, 20 + weights) + weights
 
 
 def test_a_peak_is_the_process_s_own_and_not_its_parent_s():
