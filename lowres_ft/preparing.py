@@ -16,6 +16,7 @@ from lowres_ft import (
     device,
     expectation,
     files,
+    limits,
     model,
     optimizers,
     profiles,
@@ -112,6 +113,7 @@ def prepare(resolved: Recipe, rows: Data, machine: Machine, place: Place, listen
     listen(Stage(f"loading {resolved.model.base} on {machine.name} in {plan.dtype}"))
     expected = expectation.expect(resolved, base, profile, plan, machine, Course.of(resolved, plan, tokens))
     adapted = shortage.twice(partial(model.load, resolved, base, profile, plan, reader.tokenizer), plan.device)
+    limits.trim()  # of what loading took beside the model
     plan, revised = behaviour.revise(adapted, plan)
     files.write_json(place.folder / "plan.json", plan.model_dump(mode="json"))
     revised += (expected.untold,) if expected.untold else ()

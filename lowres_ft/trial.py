@@ -152,8 +152,9 @@ def _timed(
 ) -> list[tuple[tuple[pace.Shape, ...], float]]:
     """Micro-batches and their seconds: of two steps where the run is long enough, else of one.
 
-    The `first` one of a process takes up to three times what others do, as kernels and memory are made ready: alone it
-    can only say that what was told is too long.
+    The first one of a shape takes up to three times what others do, as kernels and memory are made ready: so each is
+    timed the second time, and where there is no time for that, `first`, which is the process's, can only say that what
+    was told is too long.
     """
     typical = subject.typical()
     parts = [subject.shapes(step, plan) for step in (longest, typical)]
@@ -162,7 +163,8 @@ def _timed(
     if told[0] + 2 * told[1] < most:
         subject.step(typical, plan)
         return [(part, subject.step(step, plan)) for part, step in zip(parts, (longest, typical), strict=True)]
-    if told[1] < most:
+    if 2 * told[1] < most:
+        subject.step(typical, plan)
         return [(parts[1], subject.step(typical, plan))]
     return [(parts[0], min(first, told[0]))]
 
