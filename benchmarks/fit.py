@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, nnls
 
 from benchmarks.known import Known
 from benchmarks.runs import BOUND, FITTED
@@ -58,13 +58,12 @@ class Held:
 
 
 def constants(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
-    """Least squares of relative errors: constants by the kind of heap, of which all but `fragmentation` are shared."""
+    """Least squares of relative errors, none below 0: by the kind of heap, whose `fragmentation` alone is its own."""
     kinds = sorted({one.heap for one in runs})
     columns = [[1.0, not one.single, *(one.in_heap * (one.heap == kind) for kind in kinds)] for one in runs]
     rest = np.array([one.peak - one.tensors for one in runs])
     weights = 1 / np.array([one.peak for one in runs])
-    found = np.linalg.lstsq(np.array(columns) * weights[:, None], rest * weights, rcond=None)[0]
-    libraries, sixteen, *kept = found
+    (libraries, sixteen, *kept), _ = nnls(np.array(columns) * weights[:, None], rest * weights)
     shared = {"libraries": round(libraries)}
     if not all(one.single for one in runs):  # else none tells of 16 bits
         shared["sixteen"] = round(sixteen)
@@ -88,6 +87,11 @@ class Timed:
         return self.known.course.sample[1:]
 
     @cached_property
+    def long(self) -> Account:
+        """Of the micro-batch that needs most memory."""
+        return self.known.told[1]
+
+    @cached_property
     def typical(self) -> Account:
         """Of the micro-batch in the middle."""
         known = self.known
@@ -97,7 +101,7 @@ class Timed:
         """Seconds of the steps at a share of a machine's rates."""
         known = self.known
         trained = profiles.trainable(known.recipe.method, known.profile)
-        found = pace.told(known.told[1], self.typical, known.plan, rates, trained, share)
+        found = pace.told(self.long, self.typical, known.plan, rates, trained, share)
         return sum(sum(map(found.seconds, shapes)) + found.update for shapes in self.steps)
 
 
@@ -113,7 +117,8 @@ def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
 
     first = np.log([getattr(start, name) for name in names])
     least = [np.log(_START) if name == "start" else -np.inf for name in names]
-    found = least_squares(errors, first, bounds=(least, np.inf), loss="soft_l1", f_scale=0.2)
+    most = [0.0 if name == "products" else np.inf for name in names]  # caches may hold what a step touches
+    found = least_squares(errors, np.minimum(first, most), bounds=(least, most), loss="soft_l1", f_scale=0.2)
     return Share(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(found.x), strict=True)})
 
 
@@ -122,17 +127,21 @@ def _write(runs: Sequence[Known], bound: Sequence[Known], rates: Rates) -> None:
     found = constants([Held.of(known) for known in runs]) | constants([Held.of(known) for known in bound])
     table = tables.read("memory")
     files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
-    share = reached([Timed(known) for known in runs], rates, Share.of("cpu"))
-    files.write_json(_TABLES / "speed.json", tables.read("speed") | {"cpu": share.model_dump()})
+    shares = {
+        kind: reached([Timed(known) for known in several], rates, Share.of(kind)).model_dump()
+        for kind, several in (("cpu", runs), ("bound", bound))
+    }
+    files.write_json(_TABLES / "speed.json", tables.read("speed") | shares)
 
 
 def _record(known: Known, rates: Rates) -> dict[str, Any]:
     """What is told of a run by the tables as they are, and what was measured."""
     told, _ = known.told
     timed = Timed(known)
+    seconds = timed.told(rates, speed.share(known.recipe, known.plan.device))
     return {
         "run": known.run.name,
-        "told": {"memory_bytes": told.total, "seconds": timed.told(rates, Share.of("cpu")), "terms": told.to_json()},
+        "told": {"memory_bytes": told.total, "seconds": seconds, "terms": told.to_json()},
         "measured": {"memory_bytes": known.peak, "seconds": timed.measured},
     }
 
@@ -166,7 +175,7 @@ def main() -> None:
     record = [_record(known, rates) for known in (*runs, *bound)]
     _show(record)
     if given.out:
-        about = {"versions": device.versions(), "rates": rates.model_dump(), "share": Share.of("cpu").model_dump()}
+        about = {"versions": device.versions(), "rates": rates.model_dump(), "shares": tables.read("speed")}
         files.write_json(given.out, about | {"runs": record})
 
 

@@ -54,7 +54,7 @@ def expect(recipe: Recipe, base: Base, profile: Profile, plan: Plan, machine: Ma
         if course.typical != (long.rows, long.width):
             typical = simulate.account(recipe, base, profile, plan, *course.typical)
         trained = profiles.trainable(recipe.method, profile)
-        found = pace.told(long, typical, plan, rates, trained)
+        found = pace.told(long, typical, plan, rates, trained, speed.share(recipe, plan.device))
         return {"memory": asdict(needed), "pace": found.model_dump(exclude={"measured"})}
 
     parts = recipe.model_dump(mode="json", include={"task", "model", "method"})

@@ -18,7 +18,7 @@ from lowres_ft.plan import Plan
 from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe, load_recipe
 from lowres_ft.sizes import parse_bytes
-from lowres_ft.speed import Rates, Share
+from lowres_ft.speed import Rates
 
 _RECIPES = {"classification": "sentiment-lora", "ner": "entities-lora", "chat": "chat-lora-int8"}
 """The recipe by which a base is tried for a task."""
@@ -128,7 +128,7 @@ def forecast(recipe: Recipe, accounts: Accounts, target: Target, *, remedies: bo
     listed = remedies and not fits
     left = budget.remedies(recipe, plan, accounts.bytes(recipe, plan), accounts.bytes) if listed else []
     rows, width = done.rows, done.width
-    taken = speed.seconds(done.training, plan.dtype, target.rates, Share.of(target.machine.kind))
+    taken = speed.seconds(done.training, plan.dtype, target.rates, speed.share(recipe, target.machine.kind))
     taken = max(taken, speed.passing(done.held.passing, target.rates))  # layers come while others compute
     step = taken * recipe.train.batch_size / (rows * plan.processes)
     return Forecast(

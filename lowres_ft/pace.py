@@ -63,12 +63,8 @@ UNKNOWN = Pace(start=0.0, token=1.0, pair=0.0, link=0.0, update=0.0, evaluation=
 and transfers come on top."""
 
 
-def told(long: Account, typical: Account, plan: Plan, rates: Rates, trained: int, share: Share | None = None) -> Pace:
-    """What accounts of a long and of a typical micro-batch, and `trained` parameters, come to at a device's rates.
-
-    It reaches a `share` of them, else what is known of its kind.
-    """
-    share = share or Share.of(plan.device)
+def told(long: Account, typical: Account, plan: Plan, rates: Rates, trained: int, share: Share) -> Pace:
+    """What accounts of a long and of a typical micro-batch, and `trained` parameters, come to at a share of rates."""
     accounts = (long, typical)
     starts = [speed.starts(one.training, share) for one in accounts]
     each = [

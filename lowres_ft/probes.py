@@ -1,6 +1,6 @@
 """Probe rows: a few texts whose logits lie in a bundle, so that anyone can see that it still computes the same."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -13,6 +13,8 @@ from lowres_ft.batches import Tokens, collate
 from lowres_ft.errors import BundleError
 from lowres_ft.model import Adapted
 from lowres_ft.tasks.base import IGNORED, Batch
+
+_TOKENS = 512  # that pass through the model at once
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,22 @@ class Probe:
         size = adapted.model.get_input_embeddings().weight.shape[0]
         if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < size:
             raise BundleError(f"the probe rows hold token ids beyond the model's {size}")
-        rows = torch.arange(len(self.ids))
-        parts = (self.ids, self.mask, torch.full((len(rows), 1), IGNORED), rows)
-        batch = Batch(*(part.to(adapted.device) for part in parts))
-        if self.segments is not None:
-            batch = replace(batch, segments=self.segments.to(adapted.device))
         was_training = adapted.model.training
         adapted.model.eval()
         with torch.inference_mode(), adapted.computing():
-            found = adapted.task.logits(adapted.model, batch).float().cpu().clone()
+            found = [adapted.task.logits(adapted.model, batch).float().cpu() for batch in self._batches(adapted.device)]
+            whole = torch.cat(found).clone()
         adapted.model.train(was_training)
-        return found
+        return whole
+
+    def _batches(self, device: torch.device) -> Iterator[Batch]:
+        """Yield the rows, few at once: a run that has ended takes no more for them than its steps did."""
+        count, width = self.ids.shape
+        every = (self.ids, self.mask, torch.full((count, 1), IGNORED), torch.arange(count))
+        step = max(1, _TOKENS // max(1, width))
+        for some in (slice(start, start + step) for start in range(0, max(1, count), step)):
+            batch = Batch(*(part[some].to(device) for part in every))
+            yield batch if self.segments is None else replace(batch, segments=self.segments[some].to(device))
 
 
 def make_probe(tokens: Tokens, rows: int, adapted: Adapted) -> Probe | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from lowres_ft import mapped, tables, timings
+from lowres_ft import allocator, mapped, tables, timings
 from lowres_ft.device import Dtype, Machine
+from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Pass
 from lowres_ft.spec import Spec
 
@@ -47,9 +48,19 @@ class Share(Spec):
 
     @classmethod
     def of(cls, kind: str) -> "Share":
-        """That of 'cpu' or 'cuda', or of a device such as 'cuda:0'; others are taken to be like a GPU."""
+        """That of 'cpu' or 'cuda', or of a device such as 'cuda:0'; others are taken to be like a GPU.
+
+        That of 'bound' is a processor's in a process that maps small tensors too, and gives back before each step.
+        """
         found = tables.read("speed")
         return cls.model_validate(found.get(kind.partition(":")[0], found["cuda"]))
+
+
+def share(recipe: Recipe, device: str) -> Share:
+    """The one that a run of a recipe reaches on a device."""
+    return Share.of(
+        "bound" if device == "cpu" and recipe.budget.memory is not None and allocator.tightens() else device
+    )
 
 
 def seconds(done: Pass, dtype: Dtype, rates: Rates, share: Share) -> float:

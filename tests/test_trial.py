@@ -208,7 +208,8 @@ def test_what_is_expected_comes_from_accounts_of_the_longest_and_the_typical(
     course = Course.of(ready.recipe, ready.plan, ready.tokens)
     given = (ready.recipe, ready.adapted.base, profile, ready.plan, ready.machine, course)
     found = expectation.expect(*given)
-    told, _ = memory.estimate(ready.recipe, ready.adapted.base, profile, ready.plan, course.micro_batches)
+    account = (ready.recipe, ready.adapted.base, profile, ready.plan, course.micro_batches)
+    told, _ = memory.estimate(*account, goes_on=course.goes_on)
     assert found.memory == told
     assert found.seconds == course.training(found.pace)
     monkeypatch.setattr(memory, "estimate", None)
@@ -222,7 +223,7 @@ def test_what_cannot_be_trained_as_asked_is_told_before_it_runs(
 ):
     monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path / "cache"))
 
-    def refuses(*_: object) -> None:
+    def refuses(*_: object, **__: object) -> None:
         raise ModelError("int8 needs bitsandbytes")
 
     monkeypatch.setattr(memory, "estimate", refuses)
@@ -235,7 +236,7 @@ def test_a_model_that_cannot_be_accounted_for_is_trained_all_the_same(
 ):
     monkeypatch.setenv("LOWRES_FT_CACHE", str(tmp_path / "cache"))
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("data-dependent\nmore")
 
     monkeypatch.setattr(memory, "estimate", fails)
@@ -266,7 +267,7 @@ def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
         simulate.account(ready.recipe, ready.adapted.base, profile, ready.plan, 8, width) for width in (64, 16)
     )
     rates = speed.Rates(flops={"float32": 1e11, "bfloat16": 1e12}, bandwidth=1e10, link=1e9)
-    found = pace.told(long, short, ready.plan, rates, trained=1000)
+    found = pace.told(long, short, ready.plan, rates, trained=1000, share=speed.Share.of("cpu"))
     told = [speed.seconds(one.training, ready.plan.dtype, rates, speed.Share.of("cpu")) for one in (long, short)]
     assert found.seconds((8, 16)) == pytest.approx(told[1])
     assert found.seconds((8, 64)) == pytest.approx(told[0], rel=0.3)
@@ -276,7 +277,7 @@ def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
     ("steps", "first", "asked", "found"),
     [
         (500, 3.0, ["typical", "longest", "typical"], [("longest", 1.0), ("typical", 0.25)]),  # 1.5 s of 125
-        (60, 3.0, ["typical"], [("typical", 0.25)]),  # 0.25 s of 15
+        (120, 3.0, ["typical", "typical"], [("typical", 0.25)]),  # 0.5 s of 30
         (5, 3.0, [], [("longest", 1.0)]),  # nothing of 1.25 s: told is what it was
         (5, 0.5, [], [("longest", 0.5)]),  # nor here, but it cannot take longer than the first one
     ],
