@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_told_with_what_would_help(bases, reviews):
 def test_layers_pass_where_nothing_else_fits_and_no_faster_than_they_come(bases, reviews):
     base = bases("bert", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
     changes = ("budget.recompute=layers", "task.max_length=8")
-    resident = outlook(base, reviews, *changes, "budget.offload=none").here
+    resident = outlook(base, reviews, *changes, "budget.offload=none", "budget.memory=99GiB").here
     most = limits.given(resident.memory.total, "cpu") - 5 * 2**20
     found = outlook(base, reviews, *changes, f"budget.memory={most // 2**20}MiB").here
     assert found.fits
