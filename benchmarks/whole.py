@@ -12,13 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-def _resident() -> dict[str, int]:
-    """What Linux says of this process's memory, in bytes: now, and at most so far."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB"))
-    held = {name: int(value) * 1024 for name, value, _ in lines}
-    return {"now": held["VmRSS:"], "peak": held["VmHWM:"]}
-
-
 def main(job: list[str], log: TextIO) -> None:
     """Run what a job says."""
     from lowres_ft import deferred
@@ -26,12 +19,13 @@ def main(job: list[str], log: TextIO) -> None:
     deferred.begin()  # as the command line does
     import lowres_ft
     from benchmarks import shapes
+    from lowres_ft import allocator, device
     from lowres_ft.events import Event, Stage, Trained
 
     def listen(event: Event) -> None:
         found: dict[str, Any] = {}
         if isinstance(event, Stage):
-            found = {"stage": event.text, **_resident()}
+            found = {"stage": event.text, "now": allocator.resident(), "peak": device.peak_bytes("cpu")}
         elif isinstance(event, Trained):
             found = {"seconds": event.step.seconds}
         if found:

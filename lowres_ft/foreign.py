@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lowres_ft.errors import LowresError
 from lowres_ft.sizes import show_bytes
+
+_LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 def read_bytes(path: Path, most: int, kind: type[LowresError]) -> bytes:
@@ -38,6 +40,18 @@ def read_json(path: Path, most: int, kind: type[LowresError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise kind(f"{path} is not an object in JSON", hint="It is damaged: fetch it again.")
     return content
+
+
+def read_header(file: BinaryIO) -> dict[str, dict[str, Any]]:
+    """What a safetensors file, open at its begin, says of each tensor; its data begin where the file then stands.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    if not 0 < (size := int.from_bytes(file.read(8), "little")) <= _LARGEST_HEADER:
+        raise ValueError("no header of a safetensors file")
+    header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def require_inside(folder: Path, name: str, kind: type[LowresError]) -> Path:

@@ -5,7 +5,6 @@ them be held by a processor: those of words, and where layers cannot pass throug
 Nothing is counted that some plan could do without, so that no run is refused here which could be told to fit.
 """
 
-import json
 import os
 import re
 import sys
@@ -14,14 +13,14 @@ from ctypes.util import find_library
 from math import prod
 from pathlib import Path
 
-from lowres_ft import assets, bases, changes, limits, tables
+from lowres_ft import assets, bases, changes, foreign, limits, tables
 from lowres_ft.errors import LowresError, ModelError
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import parse_bytes, show_bytes
 
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
-_LARGEST_HEADER = 100 << 20  # bytes; safetensors reads no larger one
-_SINGLE = 4  # bytes of a weight in fp32, by which the largest is counted while it is read, as in `memory`
+FILE_ELEMENT = 4  # bytes of a weight while it is read: files may hold fp32, whatever is kept of it
+_SINGLE = 4  # bytes of a weight in fp32
 _LAYER = re.compile(r"\.\d+\.")
 _WORDS = re.compile(r"embed|\bw[tp]e\b")
 _OTHER = re.compile(r"vision|visual|audio|image")  # parts that a model of texts may leave out
@@ -118,7 +117,7 @@ class Weights:
         if recipe.method.trains_base:
             return int(held * (1 + (_GRADIENT + _MOMENTS[recipe.train.optimizer]) / _SINGLE))
         stored = (prod(shape) * min(1.0, _bytes_each(name, shape, recipe)) for name, shape in needed)
-        return int(held + _SINGLE * max(stored, default=0))
+        return int(held + FILE_ELEMENT * max(stored, default=0))
 
 
 def _is_needed(name: str, recipe: Recipe) -> bool:
@@ -160,11 +159,7 @@ def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         ValueError: It is none.
     """
     with path.open("rb") as file:
-        if not 0 < (size := int.from_bytes(file.read(8), "little")) <= _LARGEST_HEADER:
-            raise ValueError(path)
-        header = json.loads(file.read(size))
-    for name, entry in header.items():
-        if name != "__metadata__":
+        for name, entry in foreign.read_header(file).items():
             yield name, tuple(map(int, entry["shape"]))
 
 

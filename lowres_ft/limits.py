@@ -30,6 +30,7 @@ from typing import Any, Generic, TypeVar
 from lowres_ft import allocator, tables
 from lowres_ft.errors import OutOfMemoryError
 from lowres_ft.events import Listener, Note
+from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import show_bytes
 
 T = TypeVar("T")
@@ -54,6 +55,11 @@ def given(total: int, device: str) -> int:
 def context() -> int:
     """Bytes of a GPU that a process takes beside its tensors, which no allocator counts."""
     return int(tables.read("memory")["cuda"]["libraries"])
+
+
+def tightens(recipe: Recipe, device: str) -> bool:
+    """Whether a recipe's bound changes how malloc maps memory in its process (`allocator.tighten`)."""
+    return device == "cpu" and recipe.budget.memory is not None and allocator.tightens()
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from lowres_ft import allocator, device, simulate, tables
+from lowres_ft import allocator, device, limits, simulate, tables
 from lowres_ft.bases import Base
+from lowres_ft.least import FILE_ELEMENT
 from lowres_ft.ledger import Kind
 from lowres_ft.pace import Shape
 from lowres_ft.plan import Plan
@@ -24,7 +25,6 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
-_FILE_ELEMENT = 4  # bytes: files may hold fp32, whatever is kept of it
 _MAPPED_FROM = {"bound": allocator.MAPPED, "cpu": allocator.HUGE}  # bytes of a tensor that lies in no heap
 _HOLES = 3  # beside each layer's input that is kept in the heap, of its size: malloc_info (glibc 2.36) shows them
 
@@ -158,7 +158,7 @@ def heap(recipe: Recipe, profile: Profile, plan: Plan) -> str:
     """
     if plan.device != "cpu":
         return "cuda"
-    if recipe.budget.memory is not None and allocator.tightens():
+    if limits.tightens(recipe, plan.device):
         return "bound"
     return "cpu" if allocator.maps(profile.hidden) else "heap"
 
@@ -208,5 +208,5 @@ def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: flo
         converted=round(peak.most.get("converted", 0)),
         allocator=round(in_pieces),
         holes=round(holes),
-        loading=fitted.libraries + kept + _FILE_ELEMENT * held.largest,
+        loading=fitted.libraries + kept + FILE_ELEMENT * held.largest,
     )

@@ -59,7 +59,7 @@ class Probe:
         adapted.model.eval()
         with torch.inference_mode(), adapted.computing():
             found = [adapted.task.logits(adapted.model, batch).float().cpu() for batch in self._batches(adapted.device)]
-            whole = torch.cat(found).clone()
+            whole = torch.cat(found)
         adapted.model.train(was_training)
         return whole
 

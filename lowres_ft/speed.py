@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowres_ft import allocator, mapped, tables, timings
+from lowres_ft import limits, mapped, tables, timings
 from lowres_ft.device import Dtype, Machine
 from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Pass
@@ -58,9 +58,7 @@ class Share(Spec):
 
 def share(recipe: Recipe, device: str) -> Share:
     """The one that a run of a recipe reaches on a device."""
-    return Share.of(
-        "bound" if device == "cpu" and recipe.budget.memory is not None and allocator.tightens() else device
-    )
+    return Share.of("bound" if limits.tightens(recipe, device) else device)
 
 
 def seconds(done: Pass, dtype: Dtype, rates: Rates, share: Share) -> float:

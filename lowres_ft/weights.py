@@ -5,7 +5,6 @@ of its tensors does; read by safetensors, a tensor lies where it may, and fp32 p
 where that is. Here it lies where PyTorch's own would.
 """
 
-import json
 import math
 import mmap
 import os
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import modeling_utils
+
+from lowres_ft import foreign
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -63,11 +64,8 @@ class _File:
     def __init__(self, raw: FileIO, file: Any, for_a_moment: bool) -> None:
         self.raw, self.file, self.for_a_moment = raw, file, for_a_moment
         self.keys, self.__exit__ = file.keys, file.__exit__
-        size = int.from_bytes(os.pread(raw.fileno(), 8, 0), "little")
-        header = bytearray(size)
-        self.read(memoryview(header), 8)
-        self.places = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        self.begin = 8 + size
+        self.places = foreign.read_header(raw)
+        self.begin = raw.tell()
 
     def get_slice(self, name: str) -> "_Tensor":
         return _Tensor(self, name)
