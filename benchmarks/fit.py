@@ -1,10 +1,12 @@
 """What is told of memory and time, fitted to whole runs: `python -m benchmarks.fit [--write] [--work F] [--out FILE]`.
 
 Memory: what a process takes beside its tensors (`lowres_ft/tables/memory.json`), and of other runs what one takes that
-is bound. Time: the share of its best that a
-processor reaches (`lowres_ft/tables/speed.json`). The tables change with `--write` alone; what is shown is told by them
-as they then are. A run's first step, by which not all kernels and memory are ready, does not count. Nothing else may
-run: time counts, and memory is given back by the clock.
+is bound. Time: the share of its best that a processor reaches (`lowres_ft/tables/speed.json`). The tables change with
+`--write` alone; what is shown is told by them as they then are. A run's first step, by which not all kernels and memory
+are ready, does not count. Nothing else may run: time counts, and memory is given back by the clock.
+
+Runs are those of the command line, in whose process malloc sets no small blocks aside (`allocator.restart`). With
+`--aside` they are those of a program that imports lowres_ft, for which memory alone is fitted, in a folder of its own.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from scipy.optimize import least_squares, nnls
 
 from benchmarks.known import Known
 from benchmarks.runs import BOUND, FITTED
-from lowres_ft import device, files, memory, pace, profiles, simulate, speed, tables
+from lowres_ft import allocator, device, files, memory, pace, profiles, simulate, speed, tables
 from lowres_ft.pace import Shape
 from lowres_ft.simulate import Account
 from lowres_ft.speed import Rates, Share
@@ -123,10 +125,14 @@ def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
 
 
 def _write(runs: Sequence[Known], bound: Sequence[Known], rates: Rates) -> None:
-    """Write both tables."""
-    found = constants([Held.of(known) for known in runs]) | constants([Held.of(known) for known in bound])
+    """Write both tables; that of memory alone where none is bound."""
+    found = constants([Held.of(known) for known in runs])
+    if bound:
+        found |= constants([Held.of(known) for known in bound])
     table = tables.read("memory")
     files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
+    if not bound:
+        return
     shares = {
         kind: reached([Timed(known) for known in several], rates, Share.of(kind)).model_dump()
         for kind, several in (("cpu", runs), ("bound", bound))
@@ -166,10 +172,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="Write the tables by which runs are told.")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/whole"), help="Where bases and runs lie.")
     parser.add_argument("--out", type=Path, help="Where to write the record.")
+    parser.add_argument("--aside", action="store_true", help="Runs whose malloc sets small blocks aside.")
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    if not given.aside:
+        allocator.restart()
+    work = given.work / "aside" if given.aside else given.work
+    work.mkdir(parents=True, exist_ok=True)
     rates = speed.known(device.find("cpu"))
-    runs, bound = ([Known.of(run, given.work) for run in several] for several in (FITTED, BOUND))
+    runs, bound = ([Known.of(run, work) for run in several] for several in (FITTED, () if given.aside else BOUND))
     if given.write:
         _write(runs, bound, rates)
     record = [_record(known, rates) for known in (*runs, *bound)]

@@ -102,7 +102,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     work = works.chosen(given.work, quick=given.quick)
-    job = Job(work, work.named(given.contender), given.folder, given.seed, given.device)
+    contender = work.named(given.contender)
+    if contender.family == "ours":  # whose command line does so
+        from lowres_ft import allocator
+
+        allocator.restart()
+    job = Job(work, contender, given.folder, given.seed, given.device)
     given.out.write_text(json.dumps(measure(job)), encoding="utf-8")
 
 

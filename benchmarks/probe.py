@@ -1,6 +1,7 @@
 """How well memory and time are known before a run and after its probe: `python -m benchmarks.probe [--out FILE]`.
 
-Each run of `runs.JUDGED` is `lowres_ft.run` in a process of its own, on a base with random weights; its report holds
+Each run of `runs.JUDGED` is `lowres_ft.run` in a process of its own, begun as the command line's
+(`allocator.restart`), on a base with random weights; its report holds
 what was told before weights were read, what the probe made of that, and what was measured. Time counts, and memory is
 given back by the clock, so nothing else may run.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 from benchmarks.known import done
 from benchmarks.runs import JUDGED, Run
-from lowres_ft import device, files
+from lowres_ft import allocator, device, files
 
 _FIGURES = ("memory_bytes", "seconds")
 
@@ -46,6 +47,7 @@ def _show(found: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    allocator.restart()
     parser = argparse.ArgumentParser(description="Memory and time, told, probed and measured.")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/whole"), help="Where bases and runs lie.")
     parser.add_argument("--out", type=Path, help="Where to write the record.")

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowres_ft import allocator
+
 _GIB = 2**30
 _EVERY = 0.01  # seconds between two looks at a process
 _LENGTH, _FEW = 128, 40  # tokens of a text
@@ -155,6 +157,7 @@ def same(one: dict[str, Any], record: dict[str, Any]) -> bool:
 
 
 def main() -> int:
+    allocator.restart()  # as the command line does
     parser = argparse.ArgumentParser(description="Layers that pass through memory, beside layers that stay.")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/streaming"), help="Where the base lies.")
     parser.add_argument("--limit", type=float, default=1.0, help="GiB that a process may have of its own.")

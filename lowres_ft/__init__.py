@@ -3,7 +3,7 @@
     from lowres_ft import load_recipe, run
     bundle = run(load_recipe("sentiment-lora", ["train.epochs=1"]))
 
-The heavy libraries are imported when `run` and its kin are first asked for.
+What is named here is imported when it is first asked for, and heavy libraries with `run` and its kin.
 """
 
 import importlib
@@ -11,7 +11,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lowres_ft.errors import LowresError
-from lowres_ft.recipe import Recipe, load_recipe
 
 # OpenMP's threads spin while they wait. Where another program wants a core, spinning briefly is 1.6 times as fast,
 # and no slower where none does (MiniLM, 2 threads). It is read when PyTorch is first imported.
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from lowres_ft.merging import merge
     from lowres_ft.pipeline import run
     from lowres_ft.prediction import Predictor, evaluate_bundle
+    from lowres_ft.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,6 +51,8 @@ _HOMES = {
     "run": "pipeline",
     "Predictor": "prediction",
     "evaluate_bundle": "prediction",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
 }
 
 

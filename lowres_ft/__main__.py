@@ -1,5 +1,15 @@
-"""`python -m lowres_ft`."""
+"""`lowres-ft`, and `python -m lowres_ft`."""
 
-from lowres_ft.cli.main import main
+from lowres_ft import allocator
 
-main()
+
+def main() -> None:
+    """Run the command line, in a process whose malloc sets no small blocks aside."""
+    allocator.restart()
+    from lowres_ft.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,9 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
-_MAPPED_FROM = {"bound": allocator.MAPPED, "cpu": allocator.HUGE}  # bytes of a tensor that lies in no heap
+_ASIDE = "-aside"  # ends the kinds of heap in which malloc sets small blocks aside
+_MAPPED_FROM = {"bound": allocator.MAPPED, "cpu": allocator.HUGE, f"cpu{_ASIDE}": allocator.HUGE}
+"""Bytes of a tensor that lies in no heap."""
 _HOLES = 3  # beside each layer's input that is kept in the heap, of its size: malloc_info (glibc 2.36) shows them
 
 
@@ -147,20 +149,23 @@ def estimate(
 
 def basis() -> list[Any]:
     """What decides, beside a run and its plan, on what is told; plain values, by which a kept answer is known."""
-    return [list(Memory.__dataclass_fields__), tables.read("memory"), tables.read("speed"), device.versions()]
+    fitted = tables.read("memory"), tables.read("speed")
+    return [list(Memory.__dataclass_fields__), *fitted, allocator.sets_aside(), device.versions()]
 
 
 def heap(recipe: Recipe, profile: Profile, plan: Plan) -> str:
     """Which kind of heap a run has.
 
-    Of a `bound` process small tensors lie there alone, of wide models (`cpu`) all but large ones, else (`heap`) all. A
-    GPU has none (`cuda`), and other devices are taken to be like it.
+    Of a `bound` process small tensors lie there alone, of wide models (`cpu`) all but large ones, else (`heap`) all;
+    both keep more in a process whose malloc sets small blocks aside. A GPU has none (`cuda`), and other devices are
+    taken to be like it.
     """
     if plan.device != "cpu":
         return "cuda"
     if limits.tightens(recipe, plan.device):
         return "bound"
-    return "cpu" if allocator.maps(profile.hidden) else "heap"
+    kind = "cpu" if allocator.maps(profile.hidden) else "heap"
+    return f"{kind}{_ASIDE}" if allocator.sets_aside() else kind
 
 
 def in_heap(account: Account, kind: str, shapes: Sequence[Shape]) -> float:

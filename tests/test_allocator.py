@@ -129,3 +129,87 @@ def test_what_lies_free_in_the_heap_goes_back_between_micro_batches_and_batches_
     steps = len(tidied)
     evaluate.outputs(ready.adapted, ready.tokens["validation"], ready.plan)
     assert len(tidied) > steps
+
+
+# Begun again
+
+BEGUN = (
+    "import os, sys; from lowres_ft import allocator; began = os.getpid(); allocator.restart();"
+    "print(os.environ['GLIBC_TUNABLES'], allocator.sets_aside(), 'torch' in sys.modules, *sys.argv[1:], sep='|')"
+)
+NONE_ASIDE = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+glibc = pytest.mark.skipif(not allocator.tightens(), reason="malloc is not glibc's")
+
+
+def begun(*arguments, **environment):
+    """What a process says that begins itself again."""
+    kept = {name: value for name, value in os.environ.items() if name != allocator._TUNABLES}
+    command = [sys.executable, "-X", "utf8", "-c", BEGUN, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=kept | environment)
+    assert done.stdout.count("\n") == 1
+    return done.stdout.strip().split("|")
+
+
+@glibc
+def test_a_process_begins_again_with_the_words_it_was_given():
+    assert begun("two words", "", "--a=*") == [NONE_ASIDE, "False", "False", "two words", "", "--a=*"]
+
+
+@glibc
+def test_other_words_to_malloc_stay():
+    told, *_ = begun(GLIBC_TUNABLES="glibc.malloc.check=1")
+    assert told == f"glibc.malloc.check=1:{NONE_ASIDE}"
+
+
+@glibc
+@pytest.mark.parametrize(("told", "aside"), [("glibc.malloc.tcache_count=3", "True"), (NONE_ASIDE, "False")])
+def test_a_process_that_was_told_what_to_set_aside_does_not_begin_again(told, aside):
+    assert begun(GLIBC_TUNABLES=told)[:2] == [told, aside]
+
+
+def test_a_process_stays_where_malloc_is_not_to_be_told(monkeypatch):
+    monkeypatch.setattr(allocator, "tightens", lambda: False)
+    monkeypatch.setattr(allocator.os, "execv", lambda *_: pytest.fail("it began again"))
+    monkeypatch.delenv(allocator._TUNABLES, raising=False)
+    allocator.restart()
+    assert allocator._TUNABLES not in os.environ
+
+
+def test_what_a_process_says_to_itself_comes_too_late(monkeypatch, tmp_path):
+    monkeypatch.setattr(allocator, "_BEGAN", tmp_path / "environ")
+    assert allocator.sets_aside()  # a system that does not tell
+    for began, aside in [(b"A=1", True), (f"A=1\0GLIBC_TUNABLES=x=y:{NONE_ASIDE}\0B=2".encode(), False)]:
+        (tmp_path / "environ").write_bytes(began)
+        monkeypatch.setenv("GLIBC_TUNABLES", NONE_ASIDE)
+        assert allocator.sets_aside() is aside
+
+
+HELD = """
+import sys
+from lowres_ft import allocator
+if sys.argv[1] == "none":
+    allocator.restart()
+import torch
+torch.ones(2**22)
+kept, before = [], allocator.resident()
+for _ in range(20):
+    layers = []
+    for _ in range(12):
+        first, second = (torch.ones(10**6, dtype=torch.uint8) for _ in "ab")
+        kept += [torch.empty(1) for _ in range(4)]  # small things that stay
+        layers.append(torch.ones(10**6, dtype=torch.uint8))
+        del first, second
+        kept += [torch.empty(1) for _ in range(4)]
+    del layers
+print(allocator.resident() - before)
+"""
+
+
+@glibc
+def test_what_is_not_set_aside_leaves_room_for_its_like():
+    grown = {}
+    for aside in ("none", "some"):
+        command = [sys.executable, "-c", HELD, aside]
+        grown[aside] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown["none"] < 50e6  # of 36 MB at a time
+    assert grown["some"] > 5 * grown["none"]
