@@ -10,6 +10,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from lowres_ft import allocator
 from lowres_ft.errors import LowresError
 
 # OpenMP's threads spin while they wait. Where another program wants a core, spinning briefly is 1.6 times as fast,
@@ -19,8 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # new ones. 64 of each take half a gigabyte less on short texts, and no more time; it takes both (benchmarks/NOTES.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-# Large tensors lie in huge pages, so that they can be given back without much time (allocator.py).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+allocator.ask_for_huge_pages()
 # Arrow's own allocator maps a gigabyte at its first byte, which counts as data of the process (RLIMIT_DATA).
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 

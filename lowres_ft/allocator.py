@@ -1,18 +1,18 @@
-"""How memory of tensors is had and given back: large ones are mapped by themselves.
+"""How memory of tensors is had and given back: where malloc leaves holes between them, and what is done about it.
 
-glibc's malloc keeps what is freed for later. But an aligned block, as PyTorch asks for, does not go into the room that
-one of the same size left, so that heaps grow with holes: 0.9 GB of them beside 0.3 GB in use (RoBERTa-base in fp32,
-activations computed again). A block above its threshold is mapped, and goes back to the system when it is freed; as
-malloc would raise that threshold by itself, it is fixed. Mapping costs a fault for each page that is touched, a fifth
-of a step with pages of 4 KiB; so PyTorch asks for huge ones (`THP_MEM_ALLOC_ENABLE`), and where the system has none to
-give, all stays as it is.
+glibc's malloc keeps what is freed for later. But an aligned block, as PyTorch asks for, is cut from one that is up to
+96 bytes larger, whose rest malloc sets aside for the next small thing, which may stay: then what the block leaves is
+too short for its like, and heaps grow with holes, 0.9 GB of them beside 0.3 GB in use (RoBERTa-base in fp32,
+activations computed again). Two ways out:
 
-An aligned block is cut from one that is up to 96 bytes larger, whose rest malloc sets aside for the next small thing,
-which may stay: then what the block leaves is short of that rest for its like. A process in which malloc sets nothing
-aside takes a tenth less (`restart`), but has to begin so.
+- The command line begins itself again with a malloc that sets nothing aside, so that the rest goes back to its block
+  (`restart`). All tensors lie in the heap then. That costs no time.
+- In a program that imports lowres_ft, tensors of wide models are mapped by themselves and go back to the system when
+  they are freed (`settle`). Mapping costs a fault for each page that is touched, so PyTorch asks for huge ones; a step
+  still takes a third longer.
 
-Holes grow with time, as each step leaves others, until half as much again is resident as one step needs. So what lies
-free in the heap goes back to the system between micro-batches (`tidy`), as often as that costs a hundredth of the time.
+Holes grow with time, as each step leaves others. So what lies free in the heap goes back to the system between
+micro-batches (`tidy`), as often as that costs a hundredth of the time.
 """
 
 import ctypes
@@ -34,20 +34,37 @@ _SHARE = 0.01  # of the time, that it may cost to give memory back and to have i
 _AGAIN = 3.6e-10  # seconds to have a byte again: 1.5 us for a page of 4 KiB
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _BEGAN = Path("/proc/self/environ")  # as this process began; what it says to itself later is not here
-_TUNABLES = "GLIBC_TUNABLES"
-_ASIDE = ("glibc.malloc.tcache_count", "glibc.malloc.mxfast")  # how many, and how large, small blocks are set aside
+_TUNABLES, _PAGES = "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"
+_ASIDE = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")  # of blocks that are set aside: how many, how large
+_HEAP = f"glibc.malloc.mmap_threshold={2**30}"  # all tensors lie in the heap, and its end is given back when it is free
+_MAPS = "MALLOC_MMAP_THRESHOLD_"  # by which a user too may say what is mapped
+_asks = False  # whether it was said here that PyTorch is to ask for huge pages
+
+
+def ask_for_huge_pages() -> None:
+    """Let PyTorch ask for huge pages, in which mapped tensors cost less; nothing where the user said so or not.
+
+    It aligns large tensors to pages then, which leaves more holes in a heap: so not where all of them lie there.
+    """
+    global _asks
+    if _PAGES not in os.environ and sets_aside():
+        os.environ[_PAGES], _asks = "1", True
 
 
 def restart() -> None:
     """Begin this process again with a malloc that sets no small blocks aside.
 
-    Nothing happens if it began so, if the user told malloc something else about it, or if malloc is not glibc's. It
-    costs 20 ms before anything is imported. Other threads end, and files that are not standard streams are closed.
+    Nothing happens if it began so, if the user told malloc something else of it, or if malloc is not glibc's. It costs
+    20 ms before anything is imported. Other threads end, and files that are not standard streams are closed.
     """
-    told = os.environ.get(_TUNABLES, "")
-    if tightens() and sys.executable and not any(name in told for name in _ASIDE):
-        os.environ[_TUNABLES] = ":".join([*filter(None, [told]), *(f"{name}=0" for name in _ASIDE)])
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (no shell is the point)
+    told, ours = os.environ.get(_TUNABLES, ""), (*_ASIDE, _HEAP)
+    said = _MAPS in os.environ or any(setting.partition("=")[0] in told for setting in ours)
+    if said or not sys.executable or not tightens():
+        return
+    os.environ[_TUNABLES] = ":".join([*filter(None, [told]), *ours])
+    if _asks:
+        del os.environ[_PAGES]
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (no shell is the point)
 
 
 def sets_aside() -> bool:
@@ -57,7 +74,7 @@ def sets_aside() -> bool:
     except OSError:
         return True
     words = re.split(f"{_TUNABLES}=|[:\0]", began)  # glibc ends each setting by a zero as it reads it
-    return not all(f"{name}=0" in words for name in _ASIDE)
+    return not all(setting in words for setting in _ASIDE)
 
 
 @cache
@@ -67,10 +84,10 @@ def has_huge_pages() -> bool:
         told = _SETTING.read_text()
     except OSError:
         return False
-    return "[always]" in told or ("[madvise]" in told and _asks())
+    return "[always]" in told or ("[madvise]" in told and _pytorch_asks())
 
 
-def _asks() -> bool:
+def _pytorch_asks() -> bool:
     """Whether PyTorch asks for them, which it reads from the environment before its first tensor."""
     import torch
 
@@ -86,11 +103,12 @@ def _asks() -> bool:
 def maps(hidden: int) -> bool:
     """Whether tensors of a model `hidden` numbers wide are to be mapped.
 
-    Not where the user told malloc something else, nor where the system has no huge pages, nor those of narrow models:
-    MiniLM's products on short texts are so small that what is left of a tensor beside its huge pages costs a tenth of a
-    step.
+    Not where the user told malloc something else, nor where the system has no huge pages, nor where malloc sets nothing
+    aside, nor those of narrow models: MiniLM's products on short texts are so small that what is left of a tensor
+    beside its huge pages costs a tenth of a step.
     """
-    return hidden >= _WIDE and tightens() and "MALLOC_MMAP_THRESHOLD_" not in os.environ and has_huge_pages()
+    wanted = hidden >= _WIDE and sets_aside() and _MAPS not in os.environ
+    return wanted and tightens() and has_huge_pages()
 
 
 def settle(hidden: int) -> None:

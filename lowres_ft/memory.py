@@ -25,9 +25,7 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Account, Held, Pass
 from lowres_ft.spec import Spec
 
-_ASIDE = "-aside"  # ends the kinds of heap in which malloc sets small blocks aside
-_MAPPED_FROM = {"bound": allocator.MAPPED, "cpu": allocator.HUGE, f"cpu{_ASIDE}": allocator.HUGE}
-"""Bytes of a tensor that lies in no heap."""
+_MAPPED_FROM = {"bound": allocator.MAPPED, "mapped": allocator.HUGE}  # bytes of a tensor that lies in no heap
 _HOLES = 3  # beside each layer's input that is kept in the heap, of its size: malloc_info (glibc 2.36) shows them
 
 
@@ -156,16 +154,17 @@ def basis() -> list[Any]:
 def heap(recipe: Recipe, profile: Profile, plan: Plan) -> str:
     """Which kind of heap a run has.
 
-    Of a `bound` process small tensors lie there alone, of wide models (`cpu`) all but large ones, else (`heap`) all;
-    both keep more in a process whose malloc sets small blocks aside. A GPU has none (`cuda`), and other devices are
-    taken to be like it.
+    Of a `bound` process small tensors lie there alone. In that of a command (`heap`) all do, and in a program in which
+    malloc sets small blocks aside (`heap-aside`), unless large ones are `mapped`. A GPU has none (`cuda`), and other
+    devices are taken to be like it.
     """
     if plan.device != "cpu":
         return "cuda"
     if limits.tightens(recipe, plan.device):
         return "bound"
-    kind = "cpu" if allocator.maps(profile.hidden) else "heap"
-    return f"{kind}{_ASIDE}" if allocator.sets_aside() else kind
+    if allocator.maps(profile.hidden):
+        return "mapped"
+    return "heap-aside" if allocator.sets_aside() else "heap"
 
 
 def in_heap(account: Account, kind: str, shapes: Sequence[Shape]) -> float:

@@ -38,7 +38,7 @@ def system(monkeypatch, tmp_path):
     def say(setting, asks=True):
         (tmp_path / "enabled").write_text(setting)
         monkeypatch.setattr(allocator, "_SETTING", tmp_path / "enabled")
-        monkeypatch.setattr(allocator, "_asks", lambda: asks)
+        monkeypatch.setattr(allocator, "_pytorch_asks", lambda: asks)
         allocator.has_huge_pages.cache_clear()
 
     yield say
@@ -80,7 +80,7 @@ def test_what_the_user_told_malloc_stays(system, monkeypatch):
 
 @pytest.mark.parametrize("told", ["0", "1"])
 def test_pytorch_asks_where_it_is_told_to(told):
-    code = "from lowres_ft import allocator; print(allocator._asks())"
+    code = "from lowres_ft import allocator; print(allocator._pytorch_asks())"
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": told}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(told == "1")
@@ -135,15 +135,16 @@ def test_what_lies_free_in_the_heap_goes_back_between_micro_batches_and_batches_
 
 BEGUN = (
     "import os, sys; from lowres_ft import allocator; began = os.getpid(); allocator.restart();"
-    "print(os.environ['GLIBC_TUNABLES'], allocator.sets_aside(), 'torch' in sys.modules, *sys.argv[1:], sep='|')"
+    "told = [os.environ.get(name, '') for name in ('GLIBC_TUNABLES', 'THP_MEM_ALLOC_ENABLE')];"
+    "print(*told, allocator.sets_aside(), 'torch' in sys.modules, *sys.argv[1:], sep='|')"
 )
-NONE_ASIDE = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+OURS = ":".join((*allocator._ASIDE, allocator._HEAP))
 glibc = pytest.mark.skipif(not allocator.tightens(), reason="malloc is not glibc's")
 
 
 def begun(*arguments, **environment):
     """What a process says that begins itself again."""
-    kept = {name: value for name, value in os.environ.items() if name != allocator._TUNABLES}
+    kept = {name: value for name, value in os.environ.items() if name not in (allocator._TUNABLES, allocator._PAGES)}
     command = [sys.executable, "-X", "utf8", "-c", BEGUN, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=kept | environment)
     assert done.stdout.count("\n") == 1
@@ -152,19 +153,27 @@ def begun(*arguments, **environment):
 
 @glibc
 def test_a_process_begins_again_with_the_words_it_was_given():
-    assert begun("two words", "", "--a=*") == [NONE_ASIDE, "False", "False", "two words", "", "--a=*"]
+    assert begun("two words", "", "--a=*") == [OURS, "", "False", "False", "two words", "", "--a=*"]
 
 
 @glibc
-def test_other_words_to_malloc_stay():
-    told, *_ = begun(GLIBC_TUNABLES="glibc.malloc.check=1")
-    assert told == f"glibc.malloc.check=1:{NONE_ASIDE}"
+def test_what_else_the_user_said_stays():
+    told, pages, *_ = begun(GLIBC_TUNABLES="glibc.malloc.check=1", THP_MEM_ALLOC_ENABLE="1")
+    assert (told, pages) == (f"glibc.malloc.check=1:{OURS}", "1")
 
 
 @glibc
-@pytest.mark.parametrize(("told", "aside"), [("glibc.malloc.tcache_count=3", "True"), (NONE_ASIDE, "False")])
-def test_a_process_that_was_told_what_to_set_aside_does_not_begin_again(told, aside):
-    assert begun(GLIBC_TUNABLES=told)[:2] == [told, aside]
+@pytest.mark.parametrize(
+    ("told", "aside"),
+    [
+        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}, "True"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}, "False"),
+        ({"MALLOC_MMAP_THRESHOLD_": "1000000"}, "True"),
+    ],
+)
+def test_a_process_whose_malloc_was_told_otherwise_does_not_begin_again(told, aside):
+    pages = "1" if aside == "True" else ""
+    assert begun(**told) == [told.get("GLIBC_TUNABLES", ""), pages, aside, "False"]
 
 
 def test_a_process_stays_where_malloc_is_not_to_be_told(monkeypatch):
@@ -178,10 +187,21 @@ def test_a_process_stays_where_malloc_is_not_to_be_told(monkeypatch):
 def test_what_a_process_says_to_itself_comes_too_late(monkeypatch, tmp_path):
     monkeypatch.setattr(allocator, "_BEGAN", tmp_path / "environ")
     assert allocator.sets_aside()  # a system that does not tell
-    for began, aside in [(b"A=1", True), (f"A=1\0GLIBC_TUNABLES=x=y:{NONE_ASIDE}\0B=2".encode(), False)]:
-        (tmp_path / "environ").write_bytes(began)
-        monkeypatch.setenv("GLIBC_TUNABLES", NONE_ASIDE)
+    ended = OURS.replace(":", "\0")  # as glibc leaves it once it has read it
+    for began, aside in [
+        ("A=1", True),
+        (f"A=1\0GLIBC_TUNABLES=x=y:{OURS}\0B=2", False),
+        (f"GLIBC_TUNABLES={ended}", False),
+    ]:
+        (tmp_path / "environ").write_text(began)
+        monkeypatch.setenv("GLIBC_TUNABLES", OURS)
         assert allocator.sets_aside() is aside
+
+
+def test_tensors_of_wide_models_stay_in_a_heap_that_sets_nothing_aside(system, monkeypatch):
+    system("[always] madvise never")
+    monkeypatch.setattr(allocator, "sets_aside", lambda: False)
+    assert not allocator.maps(768)
 
 
 HELD = """

@@ -17,8 +17,8 @@ def held(in_heap, heap, *, single, peak, tensors):
 
 def test_constants_of_memory_are_found():
     several = [
-        held(100, "cpu", single=True, peak=440 + 25 + 10, tensors=10),
-        held(400, "cpu", single=False, peak=440 + 30 + 100 + 90, tensors=90),
+        held(100, "mapped", single=True, peak=440 + 25 + 10, tensors=10),
+        held(400, "mapped", single=False, peak=440 + 30 + 100 + 90, tensors=90),
         held(200, "heap", single=False, peak=440 + 30 + 150 + 70, tensors=70),
         held(0, "heap", single=True, peak=440 + 500, tensors=500),
     ]
@@ -26,7 +26,7 @@ def test_constants_of_memory_are_found():
     assert [(one["libraries"], one["sixteen"]) for one in found.values()] == [
         pytest.approx((440e6, 30e6), rel=1e-3)
     ] * 2
-    assert (found["cpu"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
+    assert (found["mapped"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
     of_fp32 = fit.constants([one for one in several if one.single])
     assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
 

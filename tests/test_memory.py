@@ -32,7 +32,7 @@ TERMS = dict.fromkeys(Memory.__dataclass_fields__, 0)
 
 
 def test_the_fitted_constants_are_sizes_of_a_process():
-    for kind in ("bound", "cpu", "heap", "cpu-aside", "heap-aside", "cuda"):
+    for kind in ("bound", "heap", "heap-aside", "mapped", "cuda"):
         fitted = Fitted.of(kind)
         assert 3e8 < fitted.libraries < 1e9
         assert 0 <= fitted.fragmentation < 1
@@ -54,12 +54,12 @@ def test_inputs_of_recomputed_layers_leave_holes_where_they_lie_in_the_heap():
     narrow, wide = (SimpleNamespace(hidden=hidden) for hidden in (384, 576))
     plan = SimpleNamespace(recompute="layers", dtype="bfloat16")
     assert kept(narrow, plan, rows=32, kind="heap") == 30e6
-    assert kept(wide, plan, rows=8, kind="cpu") == 30e6  # 1.2 MB each
-    assert kept(wide, plan, rows=16, kind="cpu") == kept(wide, plan, rows=16, kind="cpu-aside") == 0  # 2.4 MB: mapped
+    assert kept(wide, plan, rows=8, kind="mapped") == 30e6  # 1.2 MB each
+    assert kept(wide, plan, rows=16, kind="mapped") == 0  # 2.4 MB, which are mapped
     assert kept(wide, plan, rows=1, kind="bound") == 30e6  # 0.15 MB
     assert kept(wide, plan, rows=2, kind="bound") == 0
-    assert kept(wide, SimpleNamespace(**vars(plan) | {"dtype": "float32"}), rows=8, kind="cpu") == 0
-    assert kept(wide, SimpleNamespace(**vars(plan) | {"recompute": "selective"}), rows=8, kind="cpu") == 0
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"dtype": "float32"}), rows=8, kind="mapped") == 0
+    assert kept(wide, SimpleNamespace(**vars(plan) | {"recompute": "selective"}), rows=8, kind="mapped") == 0
     assert kept(wide, plan, rows=8, kind="cuda") == 0
 
 
@@ -70,13 +70,13 @@ def test_the_kind_of_heap_is_that_of_the_process(monkeypatch):
     cpu, gpu = (SimpleNamespace(device=device) for device in ("cpu", "cuda:0"))
     monkeypatch.setattr(allocator, "tightens", lambda: True)
     monkeypatch.setattr(allocator, "sets_aside", lambda: True)
-    assert [memory.heap(free, one, cpu) for one in (narrow, wide)] == ["heap-aside", "cpu-aside"]
-    monkeypatch.setattr(allocator, "sets_aside", lambda: False)
-    assert [memory.heap(free, one, cpu) for one in (narrow, wide)] == ["heap", "cpu"]
+    assert [memory.heap(free, one, cpu) for one in (narrow, wide)] == ["heap-aside", "mapped"]
     assert [memory.heap(bound, one, cpu) for one in (narrow, wide)] == ["bound", "bound"]
     assert memory.heap(bound, wide, gpu) == "cuda"
     monkeypatch.setattr(allocator, "tightens", lambda: False)
-    assert memory.heap(bound, wide, cpu) == "cpu"
+    assert memory.heap(bound, wide, cpu) == "mapped"
+    monkeypatch.setattr(allocator, "sets_aside", lambda: False)
+    assert memory.heap(bound, narrow, cpu) == "heap"
 
 
 @pytest.mark.parametrize(("weights", "expected"), [(0, 100 + 40), (900, 900 + 900)])
