@@ -6,7 +6,7 @@ is bound. Time: the share of its best that a processor reaches (`lowres_ft/table
 are ready, does not count. Nothing else may run: time counts, and memory is given back by the clock.
 
 Runs are those of the command line, in whose process malloc sets no small blocks aside (`allocator.restart`). With
-`--aside` they are those of a program that imports lowres_ft, for which memory alone is fitted, in a folder of its own.
+`--aside` they are those of a program that imports lowres_ft, in a folder of their own.
 """
 
 import argparse
@@ -44,6 +44,8 @@ class Held:
     """What lies there: its kind, as `memory.heap` tells."""
     single: bool
     """Whether the weights were held in fp32."""
+    grown: int
+    """Bytes of the peak that came after the run's probe, beside the copy of its best step."""
 
     @classmethod
     def of(cls, known: Known) -> "Held":
@@ -56,11 +58,12 @@ class Held:
             in_heap=memory.in_heap(account, kind, known.course.micro_batches),
             heap=kind,
             single=memory.holds_single(known.recipe, known.plan),
+            grown=known.peak - known.probed - told.best,
         )
 
 
 def constants(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
-    """Least squares of relative errors, none below 0: by the kind of heap, whose `fragmentation` alone is its own."""
+    """Least squares of relative errors, none below 0: by the kind of heap, of which pieces alone are its own."""
     kinds = sorted({one.heap for one in runs})
     columns = [[1.0, not one.single, *(one.in_heap * (one.heap == kind) for kind in kinds)] for one in runs]
     rest = np.array([one.peak - one.tensors for one in runs])
@@ -69,7 +72,20 @@ def constants(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
     shared = {"libraries": round(libraries)}
     if not all(one.single for one in runs):  # else none tells of 16 bits
         shared["sixteen"] = round(sixteen)
-    return {kind: shared | {"fragmentation": round(float(of), 3)} for kind, of in zip(kinds, kept, strict=True)}
+    found = {}
+    for kind, fragmentation in zip(kinds, map(float, kept), strict=True):
+        own = {"fragmentation": round(fragmentation, 3), "growth": _growth(runs, kind, sixteen, fragmentation)}
+        found[kind] = shared | own
+    return found
+
+
+def _growth(runs: Sequence[Held], kind: str, sixteen: float, fragmentation: float) -> float:
+    """The share of what a kind of heap keeps in pieces that comes after a run's probe, by least squares as above."""
+    several = [one for one in runs if one.heap == kind]
+    kept = np.array([(sixteen * (not one.single) + fragmentation * one.in_heap) / one.peak for one in several])
+    grown = np.array([one.grown / one.peak for one in several])
+    (share,), _ = nnls(kept[:, None], grown)
+    return round(float(share), 3)
 
 
 @dataclass(frozen=True)
@@ -125,17 +141,16 @@ def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
 
 
 def _write(runs: Sequence[Known], bound: Sequence[Known], rates: Rates) -> None:
-    """Write both tables; that of memory alone where none is bound."""
+    """Write both tables: of commands, some of which are bound, or of programs whose malloc sets blocks aside."""
     found = constants([Held.of(known) for known in runs])
     if bound:
         found |= constants([Held.of(known) for known in bound])
     table = tables.read("memory")
     files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
-    if not bound:
-        return
+    timed = {"cpu": runs, "bound": bound} if bound else {"aside": runs}
     shares = {
         kind: reached([Timed(known) for known in several], rates, Share.of(kind)).model_dump()
-        for kind, several in (("cpu", runs), ("bound", bound))
+        for kind, several in timed.items()
     }
     files.write_json(_TABLES / "speed.json", tables.read("speed") | shares)
 

@@ -46,6 +46,8 @@ class Known:
     report: dict[str, Any]
     steps: list[float]
     """Seconds of each."""
+    probed: int
+    """Bytes that it held at most when its probe was done."""
     recipe: Recipe
     base: Base
     profile: Profile
@@ -67,7 +69,8 @@ class Known:
             recipe, course = _course(recipe, base, plan, Path(room))
         lines = [json.loads(line) for line in (work / f"{run.key}.jsonl").read_text().splitlines()]
         steps = [one["seconds"] for one in lines if "seconds" in one]
-        return cls(run, report, steps, recipe, base, profiles.profile(base, recipe.task), plan, course)
+        probed = next(one["peak"] for one in lines if one.get("stage", "").startswith("training"))
+        return cls(run, report, steps, probed, recipe, base, profiles.profile(base, recipe.task), plan, course)
 
     @property
     def told(self) -> tuple[Memory, Account]:

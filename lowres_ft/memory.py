@@ -38,6 +38,8 @@ class Fitted(Spec):
     """Bytes more where weights are 16 bits wide: kernels that are made for each shape, and what they work with."""
     fragmentation: float
     """Bytes that the heap keeps in pieces for each byte that a micro-batch has there."""
+    growth: float | None = None
+    """Which share of what is kept so (`Memory.allocator`) comes after a run's probe; None where that is not known."""
 
     @classmethod
     def of(cls, kind: str) -> "Fitted":
@@ -75,11 +77,14 @@ class Memory:
     """Room in the heap between the inputs of layers that are computed again, too small for what is asked next."""
     loading: int
     """The whole peak while weights are read, which may be higher than all of the above."""
+    later: int | None = None
+    """What a run takes that its probe has not seen: the copy of the best step, and what its heap grows by. It is part
+    of the above. None where that is not known."""
 
     @cached_property
     def terms(self) -> dict[str, int]:
         """What adds up to the peak of training."""
-        return {name: size for name, size in asdict(self).items() if name != "loading"}
+        return {name: size for name, size in asdict(self).items() if name not in ("loading", "later")}
 
     @property
     def total(self) -> int:
@@ -213,4 +218,5 @@ def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: flo
         allocator=round(in_pieces),
         holes=round(holes),
         loading=fitted.libraries + kept + FILE_ELEMENT * held.largest,
+        later=None if fitted.growth is None else held.best + round(fitted.growth * in_pieces),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowres_ft import limits, mapped, tables, timings
+from lowres_ft import allocator, limits, mapped, tables, timings
 from lowres_ft.device import Dtype, Machine
 from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Pass
@@ -50,7 +50,8 @@ class Share(Spec):
     def of(cls, kind: str) -> "Share":
         """That of 'cpu' or 'cuda', or of a device such as 'cuda:0'; others are taken to be like a GPU.
 
-        That of 'bound' is a processor's in a process that maps small tensors too, and gives back before each step.
+        That of 'bound' is a processor's in a process that maps small tensors too, and gives back before each step; that
+        of 'aside' in one whose malloc sets small blocks aside, where large tensors are mapped.
         """
         found = tables.read("speed")
         return cls.model_validate(found.get(kind.partition(":")[0], found["cuda"]))
@@ -58,7 +59,9 @@ class Share(Spec):
 
 def share(recipe: Recipe, device: str) -> Share:
     """The one that a run of a recipe reaches on a device."""
-    return Share.of("bound" if limits.tightens(recipe, device) else device)
+    if limits.tightens(recipe, device):
+        return Share.of("bound")
+    return Share.of("aside" if device == "cpu" and allocator.sets_aside() else device)
 
 
 def seconds(done: Pass, dtype: Dtype, rates: Rates, share: Share) -> float:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from lowres_ft import batches, device, evaluate, pace, simulate, timings, train
+from lowres_ft import batches, device, evaluate, pace, timings, train
 from lowres_ft.batches import Tokens
 from lowres_ft.budget import FEW_TOKENS
 from lowres_ft.course import shapes
 from lowres_ft.device import Machine
 from lowres_ft.errors import ModelError, TrainingError
 from lowres_ft.expectation import Expected
+from lowres_ft.memory import Memory
 from lowres_ft.model import Adapted
 from lowres_ft.pace import Pace
 from lowres_ft.plan import Plan
@@ -139,12 +140,16 @@ def run(
     after = device.peak_bytes(plan.device)
     timed = _timed(subject, plan, expected, longest, first)
     found = (expected.pace or pace.UNKNOWN).corrected(timed)
-    held = simulate.held(adapted, recipe)
-    to_come = held.optimizer + held.best
-    told = 0 if expected.memory is None else expected.memory.total
-    # What was told counts with a heap that grows for many steps, of which the probe has seen none.
-    peak = max(after, told or after + to_come) if after > before else max(before, min(told, before + to_come))
-    return Trial(peak, expected.course.training(found), found)
+    return Trial(_peak(before, after, expected.memory), expected.course.training(found), found)
+
+
+def _peak(before: int, after: int, told: Memory | None) -> int:
+    """Bytes of a run at most, which had so many `before` its probe and `after` it; the optimizer's are among them."""
+    if told is None:
+        return after
+    if after == before:  # loading took more than the probe did, and hides what that took
+        return max(before, min(told.total, before + (told.later or told.best)))
+    return max(after, told.total) if told.later is None else after + told.later
 
 
 def _timed(

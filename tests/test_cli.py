@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import pytest
 import typer
 
 import lowres_ft
+from lowres_ft import allocator
 from lowres_ft.cli import main as entry
 from lowres_ft.recipe import load_recipe, parse, shipped
 from lowres_ft.yaml12 import loads
@@ -298,3 +300,12 @@ def test_python_m_runs_the_command_line(tmp_path: Path):
         [sys.executable, "-m", "lowres_ft", "--version"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert (done.stdout, done.returncode) == (f"lowres-ft {lowres_ft.__version__}\n", 0)
+
+
+def test_the_installed_command_begins_again_before_anything_else(monkeypatch):
+    called: list[str] = []
+    monkeypatch.setattr(allocator, "restart", lambda: called.append("restart"))
+    monkeypatch.setattr(entry, "main", lambda: called.append("main"))
+    (command,) = metadata.entry_points(group="console_scripts", name="lowres-ft")
+    command.load()()
+    assert called == ["restart", "main"]

@@ -11,14 +11,14 @@ from lowres_ft import deferred
 from lowres_ft.speed import Rates, Share
 
 
-def held(in_heap, heap, *, single, peak, tensors):
-    return Held(peak * 10**6, tensors * 10**6, 1e6 * in_heap, heap, single)
+def held(in_heap, heap, *, single, peak, tensors, grown=0):
+    return Held(peak * 10**6, tensors * 10**6, 1e6 * in_heap, heap, single, grown * 10**6)
 
 
 def test_constants_of_memory_are_found():
     several = [
-        held(100, "mapped", single=True, peak=440 + 25 + 10, tensors=10),
-        held(400, "mapped", single=False, peak=440 + 30 + 100 + 90, tensors=90),
+        held(100, "mapped", single=True, peak=440 + 25 + 10, tensors=10, grown=5),
+        held(400, "mapped", single=False, peak=440 + 30 + 100 + 90, tensors=90, grown=26),
         held(200, "heap", single=False, peak=440 + 30 + 150 + 70, tensors=70),
         held(0, "heap", single=True, peak=440 + 500, tensors=500),
     ]
@@ -27,6 +27,7 @@ def test_constants_of_memory_are_found():
         pytest.approx((440e6, 30e6), rel=1e-3)
     ] * 2
     assert (found["mapped"]["fragmentation"], found["heap"]["fragmentation"]) == pytest.approx((0.25, 0.75), rel=1e-3)
+    assert (found["mapped"]["growth"], found["heap"]["growth"]) == pytest.approx((0.2, 0.0), abs=1e-3)
     of_fp32 = fit.constants([one for one in several if one.single])
     assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
 

@@ -99,6 +99,25 @@ def test_memory_that_runs_out_in_a_trial_makes_the_cut_finer(
     assert found.memory_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "later", "peak"),
+    [
+        (300, 500, 40, 540),  # what was measured, and what is still to come
+        (300, 900, 40, 940),
+        (300, 500, None, 700),  # a heap of which it is not known how it grows: no less than was told
+        (300, 900, None, 900),
+        (650, 650, 40, 690),  # loading took more than the probe
+        (900, 900, 40, 900),
+        (650, 650, None, 660),
+    ],
+)
+def test_what_was_measured_and_what_is_still_to_come_are_the_peak(before, after, later, peak):
+    terms = dict.fromkeys(memory.Memory.__dataclass_fields__, 0)
+    told = memory.Memory(**terms | {"activations": 690, "best": 10, "later": later})
+    assert trial._peak(before, after, told) == peak
+    assert trial._peak(before, after, None) == after
+
+
 def test_a_short_run_is_not_timed_to_choose_a_cut(bases: Bases, reviews: Path, tmp_path: Path):
     ready = prepare(recipe(bases(), reviews), tmp_path)
     assert trial.choose(*subject(ready), expected(ready)) == ready.plan
