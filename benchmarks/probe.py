@@ -1,9 +1,8 @@
 """How well memory and time are known before a run and after its probe: `python -m benchmarks.probe [--out FILE]`.
 
-Each run of `runs.JUDGED` is `lowres_ft.run` in a process of its own, begun as the command line's
-(`allocator.restart`), on a base with random weights; its report holds
-what was told before weights were read, what the probe made of that, and what was measured. Time counts, and memory is
-given back by the clock, so nothing else may run.
+Each run of `runs.JUDGED` is `lowres_ft.run` in a process of its own, begun as a command is (`allocator.restart`), on a
+base with random weights; its report holds what was told before weights were read, what the probe made of that, and what
+was measured. Time counts, and memory is given back by the clock, so nothing else may run.
 """
 
 import argparse

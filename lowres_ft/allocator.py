@@ -6,10 +6,10 @@ too short for its like, and heaps grow with holes, 0.9 GB of them beside 0.3 GB 
 activations computed again). Two ways out:
 
 - The command line begins itself again with a malloc that sets nothing aside, so that the rest goes back to its block
-  (`restart`). All tensors lie in the heap then. That costs no time.
+  (`restart`). All tensors lie in the heap then.
 - In a program that imports lowres_ft, tensors of wide models are mapped by themselves and go back to the system when
   they are freed (`settle`). Mapping costs a fault for each page that is touched, so PyTorch asks for huge ones; a step
-  still takes a third longer.
+  still takes up to half as long again (benchmarks/NOTES.md).
 
 Holes grow with time, as each step leaves others. So what lies free in the heap goes back to the system between
 micro-batches (`tidy`), as often as that costs a hundredth of the time.

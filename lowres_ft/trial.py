@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lowres_ft import batches, device, evaluate, pace, timings, train
+from lowres_ft import batches, device, evaluate, pace, simulate, timings, train
 from lowres_ft.batches import Tokens
 from lowres_ft.budget import FEW_TOKENS
 from lowres_ft.course import shapes
@@ -140,13 +140,13 @@ def run(
     after = device.peak_bytes(plan.device)
     timed = _timed(subject, plan, expected, longest, first)
     found = (expected.pace or pace.UNKNOWN).corrected(timed)
-    return Trial(_peak(before, after, expected.memory), expected.course.training(found), found)
+    told = expected.memory
+    peak = after + simulate.held(adapted, recipe).best if told is None else _peak(before, after, told)
+    return Trial(peak, expected.course.training(found), found)
 
 
-def _peak(before: int, after: int, told: Memory | None) -> int:
+def _peak(before: int, after: int, told: Memory) -> int:
     """Bytes of a run at most, which had so many `before` its probe and `after` it; the optimizer's are among them."""
-    if told is None:
-        return after
     if after == before:  # loading took more than the probe did, and hides what that took
         return max(before, min(told.total, before + (told.later or told.best)))
     return max(after, told.total) if told.later is None else after + told.later

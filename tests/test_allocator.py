@@ -134,7 +134,7 @@ def test_what_lies_free_in_the_heap_goes_back_between_micro_batches_and_batches_
 # Begun again
 
 BEGUN = (
-    "import os, sys; from lowres_ft import allocator; began = os.getpid(); allocator.restart();"
+    "import os, sys; from lowres_ft import allocator; allocator.restart();"
     "told = [os.environ.get(name, '') for name in ('GLIBC_TUNABLES', 'THP_MEM_ALLOC_ENABLE')];"
     "print(*told, allocator.sets_aside(), 'torch' in sys.modules, *sys.argv[1:], sep='|')"
 )

@@ -115,7 +115,6 @@ def test_what_was_measured_and_what_is_still_to_come_are_the_peak(before, after,
     terms = dict.fromkeys(memory.Memory.__dataclass_fields__, 0)
     told = memory.Memory(**terms | {"activations": 690, "best": 10, "later": later})
     assert trial._peak(before, after, told) == peak
-    assert trial._peak(before, after, None) == after
 
 
 def test_a_short_run_is_not_timed_to_choose_a_cut(bases: Bases, reviews: Path, tmp_path: Path):
