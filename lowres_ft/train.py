@@ -64,10 +64,18 @@ class TrainState:
         """Take note of an evaluation after the current step; keep the tensors if it is the best so far."""
         better = metric > self.best_metric if self.adapted.task.higher_is_better else metric < self.best_metric
         if better or self.best is None:
-            self.best = {name: tensor.clone() for name, tensor in self.adapted.tensors().items()}
+            self._keep(self.adapted.tensors())
             self.best_metric, self.best_step, self.waited = metric, self.step, 0
         else:
             self.waited += 1
+
+    def _keep(self, tensors: dict[str, Tensor]) -> None:
+        """Copy the best step's tensors over those of the one before: at no moment there are two copies."""
+        if self.best is None:
+            self.best = _cloned(tensors)
+            return
+        for name, tensor in tensors.items():
+            self.best[name].copy_(tensor)
 
     @property
     def cut(self) -> int | None:
@@ -96,14 +104,14 @@ class TrainState:
             "numbers": {name: getattr(self, name) for name in _NUMBERS},
             "tensors": copy(self.adapted.tensors()),
             "optimizer": copy(self.optimizer.state_dict()),
-            "best": None if self.best is None else dict(self.best),
+            "best": None if self.best is None else copy(self.best),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was called."""
         self.adapted.restore(state["tensors"])
         self.optimizer.load_state_dict(_cloned(state["optimizer"]))
-        self.best = None if state["best"] is None else dict(state["best"])
+        self.best = _cloned(state["best"])
         for name, value in state["numbers"].items():
             setattr(self, name, value)
 
