@@ -43,7 +43,7 @@ class Held:
     heap: str
     """What lies there: its kind, as `memory.heap` tells."""
     single: bool
-    """Whether the weights were held in fp32."""
+    """Whether fp32 computes."""
     grown: int
     """Bytes of the peak that came after the run's probe, beside the copy of its best step."""
 
@@ -57,7 +57,7 @@ class Held:
             tensors=sum(size for name, size in told.terms.items() if name not in ("libraries", "allocator")),
             in_heap=memory.in_heap(account, kind, known.course.micro_batches),
             heap=kind,
-            single=memory.holds_single(known.recipe, known.plan),
+            single=known.plan.dtype == "float32",
             grown=known.peak - known.probed - told.best,
         )
 

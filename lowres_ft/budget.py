@@ -6,6 +6,7 @@ None of it changes the result beyond rounding. What would change it, such as qua
 say: an error lists what each such change saves.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -142,18 +143,41 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
 
 
 def together(recipe: Recipe, plan: Plan, now: int, most: int, needs: Needs) -> tuple[tuple[str, ...], int]:
-    """Changes that bring a recipe from `now` bytes to `most`, each the one that then saves most; and what it needs so.
+    """Changes that bring a recipe from `now` bytes to `most`, those that save most first; and what it needs so.
 
-    Where no changes do, all that are worth it.
+    Where no changes do, all that are worth it. What a change saved before others were made is taken for the most that
+    it can save: it is accounted for again when none is known to save more.
     """
     chosen: dict[str, str] = {}
-    while now > most:
-        found = [one for one in _needed(recipe, plan, needs) if one[2].task.max_length >= _SHORTEST]
-        if not found or now - (best := min(found, key=lambda one: one[0]))[0] < _LEAST_SAVED:
-            break
-        now, change, recipe = best
+    savings: dict[str, float] = {}
+    while now > most and (found := _best(recipe, plan, now, savings, needs)) is not None:
+        now, change, recipe = found
         chosen[change.partition("=")[0]] = change
     return tuple(chosen.values()), now
+
+
+def _best(
+    recipe: Recipe, plan: Plan, now: int, savings: dict[str, float], needs: Needs
+) -> tuple[int, str, Recipe] | None:
+    """What a recipe that needs `now` bytes needs after the change that saves most, that change, and the recipe so.
+
+    `savings` is what each change saved when it was last accounted for. None where no change is worth it.
+    """
+    every = changes.frugal(recipe, plan.dtype, plan.device)
+    several = {change: changed for change, changed in every if changed.task.max_length >= _SHORTEST}
+    looked: dict[str, int] = {}
+    while several:
+        change = max(several, key=lambda one: savings.get(one, math.inf))
+        if savings.get(change, math.inf) < _LEAST_SAVED:
+            return None
+        if change in looked:
+            return looked[change], change, several[change]
+        try:
+            looked[change] = needs(several[change], _by(several[change], plan))
+            savings[change] = now - looked[change]
+        except LowresError:  # it cannot be on this base
+            del several[change]
+    return None
 
 
 def _together(changes: Sequence[str], needed: int, most: int) -> str:

@@ -220,13 +220,15 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _speed() -> Iterator[Finding]:
-    """A few seconds of products and copies."""
+    """A few seconds of products, sums and copies."""
     from lowres_ft import device, speed
 
     machine = device.find()
     rates = speed.Rates.model_validate(speed.measured(machine.device))
     for dtype, flops in rates.flops.items():
         yield Finding(f"products in {dtype}", f"{flops / 1e12:.2f} TFLOP/s", "good")
-    yield Finding("memory bandwidth", f"{rates.bandwidth / 1e9:.1f} GB/s", "good")
-    link = "disk, read in order" if machine.kind == "cpu" else "copies to the device"
+    moved, link = ("memory bandwidth", "copies to the device")
+    if machine.kind == "cpu":
+        moved, link = ("sums in bfloat16", "disk, read in order")
+    yield Finding(moved, f"{rates.bandwidth / 1e9:.1f} GB/s", "good")
     yield Finding(link, f"{rates.link / 1e9:.1f} GB/s", "good")

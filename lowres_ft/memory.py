@@ -35,7 +35,7 @@ class Fitted(Spec):
     libraries: int
     """Bytes that imported libraries with a model's code and a tokenizer take, or a GPU's context."""
     sixteen: int
-    """Bytes more where weights are 16 bits wide: kernels that are made for each shape, and what they work with."""
+    """Bytes more where 16 bits compute: kernels that are made for each shape, and what they work with."""
     fragmentation: float
     """Bytes that the heap keeps in pieces for each byte that a micro-batch has there."""
     growth: float | None = None
@@ -139,7 +139,7 @@ def estimate(
     account = max(accounts, key=lambda one: one.peak.bytes)
     kind = heap(recipe, profile, plan)
     fitted = Fitted.of(kind)
-    sixteen = 0 if holds_single(recipe, plan) else fitted.sixteen
+    sixteen = 0 if plan.dtype == "float32" else fitted.sixteen
     in_pieces = sixteen + fitted.fragmentation * in_heap(account, kind, shapes)
     holes = _HOLES * kept_in_heap(account, profile, plan, kind)
     moments = [(account.held, account.peak)]
@@ -192,11 +192,6 @@ def kept_in_heap(account: Account, profile: Profile, plan: Plan, kind: str) -> f
     if kind == "cuda" or plan.recompute != "layers" or size >= _MAPPED_FROM.get(kind, sys.maxsize):
         return 0.0
     return account.training.most.get("activations", 0.0)
-
-
-def holds_single(recipe: Recipe, plan: Plan) -> bool:
-    """Whether the weights are held in fp32, as the files hold them or as all of them are trained."""
-    return plan.dtype == "float32" or recipe.method.trains_base
 
 
 def _memory(held: Held, peak: Pass, fitted: Fitted, in_pieces: float, holes: float) -> Memory:

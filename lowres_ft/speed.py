@@ -18,6 +18,7 @@ from lowres_ft.simulate import Pass
 from lowres_ft.spec import Spec
 
 _PRODUCT = {"cpu": 1024, "mps": 2048, "cuda": 4096}
+_SUMMED = 2**20  # elements of bf16: three such tensors lie in a processor's caches, as most of a step's do
 _COPIED = 2**23  # elements of fp32: more than most caches hold, and little beside a run
 
 
@@ -27,7 +28,8 @@ class Rates(Spec):
     flops: dict[str, float]
     """FLOPs a second of a large product, by dtype."""
     bandwidth: float
-    """Bytes a second that are read or written."""
+    """Bytes a second that are read or written: by a processor where it adds in bf16 what its caches hold, elsewhere by
+    copies that none holds."""
     link: float
     """Bytes a second by which layers come that pass: from the disk, or over the bus of a GPU."""
 
@@ -42,7 +44,7 @@ class Share(Spec):
     products: float
     """Of the FLOPs of products."""
     bandwidth: float
-    """Of the bytes of a copy that no cache holds; above 1 where caches hold most of what a step touches."""
+    """Of the bytes that it can read and write; above 1 where many operations do no more than move them."""
     start: float
     """Seconds that it takes to start an operation."""
 
@@ -83,7 +85,7 @@ def passing(count: int, rates: Rates) -> float:
 @cache
 def known(machine: Machine) -> Rates:
     """The rates of this machine: measured once in a process, and kept for others where nothing else computed."""
-    what = f"rates {machine.device} with link"
+    what = f"rates {machine.device} by sums"
     return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device), alone=True))
 
 
@@ -95,9 +97,24 @@ def measured(device: str, each: float = 1.0) -> dict[str, Any]:
     for name in ("float32", "bfloat16"):
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
         flops[name] = 2.0 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
-    given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
-    moved = 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), kind, each)
+    moved = _summed(each) if kind == "cpu" else _copied(device, each)
     return {"flops": flops, "bandwidth": moved, "link": moved if kind == "mps" else link(device)}
+
+
+def _summed(each: float) -> float:
+    """Bytes a second that a processor reads and writes by sums.
+
+    What else a step does to its tensors is bound by arithmetic, too, and not by the memory that a large copy needs: of
+    two processors the one with half of the other's rate of copies took half the time.
+    """
+    a, b, c = (torch.zeros(_SUMMED, dtype=torch.bfloat16) for _ in range(3))
+    return 3 * 2 * _SUMMED / _best(lambda: torch.add(a, b, out=c), "cpu", each)
+
+
+def _copied(device: str, each: float) -> float:
+    """Bytes a second that another device reads and writes by copies."""
+    given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
+    return 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), torch.device(device).type, each)
 
 
 def link(device: str) -> float:

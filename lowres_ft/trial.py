@@ -30,6 +30,7 @@ from lowres_ft.train import TrainState
 
 _SHARE = 0.02  # of a run's time that may go into timing it
 _FASTER = 0.9  # what a finer cut must take of the plan's, so that noise does not decide on the last bits of a result
+_NEAR = 0.1  # how far what was told may lie from what was measured
 _STEPS = 32  # of which the one in the middle is timed
 
 
@@ -146,10 +147,18 @@ def run(
 
 
 def _peak(before: int, after: int, told: Memory) -> int:
-    """Bytes of a run at most, which had so many `before` its probe and `after` it; the optimizer's are among them."""
+    """Bytes of a run at most, which had so many `before` its probe and `after` it; the optimizer's are among them.
+
+    What was told, and what was measured with what comes later, err each in its own way: the peak is taken to lie in the
+    middle of them. What was told of a model that it does not know well counts for no more than 10 % beside.
+    """
     if after == before:  # loading took more than the probe did, and hides what that took
         return max(before, min(told.total, before + (told.later or told.best)))
-    return max(after, told.total) if told.later is None else after + told.later
+    if told.later is None:
+        return max(after, told.total)
+    measured = after + told.later
+    near = min(max(told.total, (1 - _NEAR) * measured), (1 + _NEAR) * measured)
+    return max(after, round((near + measured) / 2))
 
 
 def _timed(

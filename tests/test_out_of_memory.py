@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowres_ft import attempt, data, evaluate, fitting, model, packing, shortage
 from lowres_ft.batches import Tokens, collate
@@ -24,28 +22,7 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.shortage import Room
 from lowres_ft.tasks.base import Batch
 from tests import conftest
-
-SAID = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-KINDS: tuple[Callable[[], Exception], ...] = (
-    lambda: RuntimeError(f"{SAID} 4096 bytes. Error code 12 (Cannot allocate memory)"),
-    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
-    MemoryError,
-)
-
-
-class Failing(TorchDispatchMode):
-    """Raises an error of memory at given operations, counted from where it begins."""
-
-    def __init__(self, at: set[int], error: Callable[[], Exception]) -> None:
-        super().__init__()
-        self.at, self.error, self.done, self.raised = at, error, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.done += 1
-        if self.done in self.at:
-            self.raised += 1
-            raise self.error()
-        return func(*args, **(kwargs or {}))
+from tests.shortages import CHANGES, KINDS, Disturbed, Failing, adapter
 
 
 class Small:
@@ -88,19 +65,13 @@ class Fitted:
 
 @pytest.fixture(scope="module")
 def wanted(bases: Callable[..., Path], reviews: Path) -> Recipe:
-    """Four steps with dropout in the adapter, evaluated twice."""
-    changes = ("train.steps=4", "train.evaluate_every=2", "method.dropout=0.2", "data.probe_rows=2")
-    return conftest.recipe(bases("bert"), reviews, *changes)
+    return conftest.recipe(bases("bert"), reviews, *CHANGES)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(wanted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The adapter of a run that had all the memory that it asked for."""
     return adapter(run(wanted, tmp_path_factory.mktemp("whole") / "bundle", device_name="cpu").folder)
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -122,21 +93,13 @@ def test_fifty_errors_at_random_places_leave_losses_and_adapter(wanted, tmp_path
         assert_same(tensors, expected)
 
 
-def test_errors_in_any_part_of_a_run_leave_the_result_or_end_in_one_error(wanted, undisturbed, tmp_path):
-    """Loading, scoring and the look at what was written, too."""
-    run(wanted, tmp_path / "first", device_name="cpu")  # accounts and timings are kept from now on
-    with Failing(set(), MemoryError) as counting:
-        run(wanted, tmp_path / "counted", device_name="cpu")
-    for number in range(6):
-        with Failing({1 + number * counting.done // 6}, KINDS[number % len(KINDS)]) as failing:
-            try:
-                found = run(wanted, tmp_path / str(number), device_name="cpu")
-            except OutOfMemoryError as error:
-                assert error.hint  # noqa: PT017
-                assert not (tmp_path / str(number)).exists()
-                continue
-        assert failing.raised
-        assert_same(adapter(found.folder), undisturbed)
+def test_errors_in_any_part_of_a_run_leave_the_result_or_end_in_one_error(wanted, tmp_path):
+    """Loading, scoring and the look at what was written, too; `python -m tests.shortages` does 50."""
+    disturbed, chance = Disturbed(wanted, tmp_path), random.Random(7)
+    assert {"loading", "trying", "training", "scoring"} <= disturbed.parts.keys()
+    for number, (part, operations) in enumerate(disturbed.parts.items()):
+        came = disturbed.outcome(str(number), {chance.choice(operations)}, KINDS[number % len(KINDS)])
+        assert not came.startswith("wrong"), f"{part}: {came}"
 
 
 def test_a_step_is_done_again_in_smaller_micro_batches_and_that_is_told_once(

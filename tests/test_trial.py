@@ -102,8 +102,9 @@ def test_memory_that_runs_out_in_a_trial_makes_the_cut_finer(
 @pytest.mark.parametrize(
     ("before", "after", "later", "peak"),
     [
-        (300, 500, 40, 540),  # what was measured, and what is still to come
-        (300, 900, 40, 940),
+        (300, 640, 40, 690),  # between what was told and what was measured with what is still to come
+        (300, 500, 40, 567),  # far from what was told
+        (300, 900, 40, 900),
         (300, 500, None, 700),  # a heap of which it is not known how it grows: no less than was told
         (300, 900, None, 900),
         (650, 650, 40, 690),  # loading took more than the probe
@@ -111,7 +112,7 @@ def test_memory_that_runs_out_in_a_trial_makes_the_cut_finer(
         (650, 650, None, 660),
     ],
 )
-def test_what_was_measured_and_what_is_still_to_come_are_the_peak(before, after, later, peak):
+def test_the_peak_is_between_what_was_told_and_what_was_measured_with_what_is_still_to_come(before, after, later, peak):
     terms = dict.fromkeys(memory.Memory.__dataclass_fields__, 0)
     told = memory.Memory(**terms | {"activations": 690, "best": 10, "later": later})
     assert trial._peak(before, after, told) == peak
