@@ -135,7 +135,7 @@ def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
 
     first = np.log([getattr(start, name) for name in names])
     least = [np.log(_START) if name == "start" else -np.inf for name in names]
-    most = [0.0 if name == "products" else np.inf for name in names]  # caches may hold what a step touches
+    most = [np.inf if name == "start" else 0.0 for name in names]
     found = least_squares(errors, np.minimum(first, most), bounds=(least, most), loss="soft_l1", f_scale=0.2)
     return Share(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(found.x), strict=True)})
 

@@ -229,6 +229,6 @@ def _speed() -> Iterator[Finding]:
         yield Finding(f"products in {dtype}", f"{flops / 1e12:.2f} TFLOP/s", "good")
     moved, link = ("memory bandwidth", "copies to the device")
     if machine.kind == "cpu":
-        moved, link = ("sums in bfloat16", "disk, read in order")
+        moved, link = ("sums in caches", "disk, read in order")
     yield Finding(moved, f"{rates.bandwidth / 1e9:.1f} GB/s", "good")
     yield Finding(link, f"{rates.link / 1e9:.1f} GB/s", "good")

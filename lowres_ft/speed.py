@@ -18,7 +18,7 @@ from lowres_ft.simulate import Pass
 from lowres_ft.spec import Spec
 
 _PRODUCT = {"cpu": 1024, "mps": 2048, "cuda": 4096}
-_SUMMED = 2**20  # elements of bf16: three such tensors lie in a processor's caches, as most of a step's do
+_SUMMED = 2**19  # elements of fp32: three such tensors lie in a processor's caches, as most of a step's do
 _COPIED = 2**23  # elements of fp32: more than most caches hold, and little beside a run
 
 
@@ -28,8 +28,8 @@ class Rates(Spec):
     flops: dict[str, float]
     """FLOPs a second of a large product, by dtype."""
     bandwidth: float
-    """Bytes a second that are read or written: by a processor where it adds in bf16 what its caches hold, elsewhere by
-    copies that none holds."""
+    """Bytes a second that are read or written: by a processor where it adds what its caches hold, elsewhere by copies
+    that none holds."""
     link: float
     """Bytes a second by which layers come that pass: from the disk, or over the bus of a GPU."""
 
@@ -44,7 +44,7 @@ class Share(Spec):
     products: float
     """Of the FLOPs of products."""
     bandwidth: float
-    """Of the bytes that it can read and write; above 1 where many operations do no more than move them."""
+    """Of the bytes that it can read and write."""
     start: float
     """Seconds that it takes to start an operation."""
 
@@ -104,11 +104,11 @@ def measured(device: str, each: float = 1.0) -> dict[str, Any]:
 def _summed(each: float) -> float:
     """Bytes a second that a processor reads and writes by sums.
 
-    What else a step does to its tensors is bound by arithmetic, too, and not by the memory that a large copy needs: of
-    two processors the one with half of the other's rate of copies took half the time.
+    A large copy does not tell: of two processors the one that copied less fast (69 of 102 GB/s) took no longer for what
+    else a step does to its tensors, most of which caches hold.
     """
-    a, b, c = (torch.zeros(_SUMMED, dtype=torch.bfloat16) for _ in range(3))
-    return 3 * 2 * _SUMMED / _best(lambda: torch.add(a, b, out=c), "cpu", each)
+    a, b, c = (torch.zeros(_SUMMED) for _ in range(3))
+    return 3 * 4 * _SUMMED / _best(lambda: torch.add(a, b, out=c), "cpu", each)
 
 
 def _copied(device: str, each: float) -> float:
