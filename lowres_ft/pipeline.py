@@ -1,7 +1,7 @@
 """The pipeline: from a recipe to a bundle and its report."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,8 +151,9 @@ def _experiment(
     resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener, digest: str
 ) -> _Draft | None:
     """Train, score and write. The model is freed with this function, so that the reloaded one has its room."""
-    ready = _checked(preparing.prepare(resolved, rows, machine, place, listen), machine, listen)
-    ready = preparing.tried(ready, machine, place, listen)
+    ready = _twice(partial(preparing.prepare, resolved, rows, machine, place, listen), machine, "preparing")
+    ready = _checked(ready, machine, listen)
+    ready = _twice(partial(preparing.tried, ready, machine, place, listen), machine, "trying the longest texts")
     contrast = before = None
     if resolved.task.base_is_baseline and not machine.rank:
         listen(Stage("asking the untouched base"))
@@ -178,6 +179,11 @@ def _experiment(
         found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
     found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
     return _written(ready, found, machine, place)
+
+
+def _twice(make: Callable[[], Ready], machine: Machine, what: str) -> Ready:
+    """What is ready, made again where memory ran out; once beside other processes, which exchange meanwhile."""
+    return make() if machine.processes > 1 else shortage.twice(make, machine.device, what)
 
 
 def _reported(

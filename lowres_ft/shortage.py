@@ -87,8 +87,10 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def twice(make: Callable[[], T], device: str) -> T:
+def twice(make: Callable[[], T], device: str, what: str = "loading") -> T:
     """What `make` gives; where memory runs out, what it gives once everything that it had made is released.
+
+    `what` says in an error what ran out of it.
 
     Raises:
         OutOfMemoryError: It ran out again.
@@ -99,7 +101,7 @@ def twice(make: Callable[[], T], device: str) -> T:
         if not ran_out(error):
             raise
     release(device)
-    with named("loading"):
+    with named(what):
         return make()
 
 
