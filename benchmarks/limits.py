@@ -25,8 +25,8 @@ _EVERY = 0.01  # seconds between looks at a child
 RECIPES: dict[str, tuple[str, ...]] = {
     "reviews": ("sentiment-lora", "train.steps=100"),
     "long reviews": (
-        *("sentiment-lora", "data.train=starter:imdb", "data.limit=2000", "task.max_length=512", "train.steps=40"),
-        *("data.validation=0.01", "data.test=0.01"),
+        *("sentiment-lora", "data.train=starter:imdb", "data.limit=2000", "task.max_length=512", "train.steps=20"),
+        *("data.validation=0.01", "data.test=0.01", "model.dtype=float32"),
     ),
     "chat": ("chat-lora-int8", "train.steps=40", "task.control=null", "task.samples=0"),
 }

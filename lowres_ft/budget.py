@@ -7,6 +7,7 @@ say: an error lists what each such change saves.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ Shapes = Callable[[Recipe, Plan], Sequence[Shape]]
 """The micro-batches into which a plan cuts a recipe's rows; none where the rows are not known."""
 FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
 _SHORTEST = 16  # tokens: texts cut to fewer say little
+_NEARLY = 1.1  # times what a run may take
 _LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
 
 
@@ -120,15 +122,22 @@ def untold(error: Exception) -> str:
 
 
 def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs) -> Plan:
-    """The first of `plans` that needs at most so many bytes.
+    """The first of `plans` that needs at most so many bytes, each of which is taken to need less than the one before.
 
     Raises:
         ModelError: None does.
     """
-    least, last = 0, plan
-    for last in plans(recipe, plan, profile):
-        if (least := needs(recipe, last)) <= most:
-            return last
+    several = list(plans(recipe, plan, profile))
+    if needs(recipe, plan) <= most:
+        return plan
+    last = several[-1]
+    if (least := needs(recipe, last)) <= most:
+        at = bisect_left(several, True, hi=len(several) - 1, key=lambda one: needs(recipe, one) <= most)
+        return several[at]
+    if least <= _NEARLY * most:  # where a layer is small, what is meant to be more frugal may need a little more
+        for one in several:
+            if needs(recipe, one) <= most:
+                return one
 
     def frugal(changed: Recipe, _: Plan) -> int:
         *_others, by = plans(changed, _by(changed, plan), profile)
