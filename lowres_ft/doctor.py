@@ -227,8 +227,7 @@ def _speed() -> Iterator[Finding]:
     rates = speed.Rates.model_validate(speed.measured(machine.device))
     for dtype, flops in rates.flops.items():
         yield Finding(f"products in {dtype}", f"{flops / 1e12:.2f} TFLOP/s", "good")
-    moved, link = ("memory bandwidth", "copies to the device")
-    if machine.kind == "cpu":
-        moved, link = ("sums in caches", "disk, read in order")
+    on_cpu = ("sums in caches", "disk, read in order")
+    moved, link = on_cpu if machine.kind == "cpu" else ("memory bandwidth", "copies to the device")
     yield Finding(moved, f"{rates.bandwidth / 1e9:.1f} GB/s", "good")
     yield Finding(link, f"{rates.link / 1e9:.1f} GB/s", "good")

@@ -64,17 +64,17 @@ class TrainState:
         """Take note of an evaluation after the current step; keep the tensors if it is the best so far."""
         better = metric > self.best_metric if self.adapted.task.higher_is_better else metric < self.best_metric
         if better or self.best is None:
-            self._keep(self.adapted.tensors())
+            shortage.twice(self._keep, str(self.adapted.device), "keeping the best step's tensors")
             self.best_metric, self.best_step, self.waited = metric, self.step, 0
         else:
             self.waited += 1
 
-    def _keep(self, tensors: dict[str, Tensor]) -> None:
+    def _keep(self) -> None:
         """Copy the best step's tensors over those of the one before: at no moment there are two copies."""
         if self.best is None:
-            self.best = _cloned(tensors)
+            self.best = _cloned(self.adapted.tensors())
             return
-        for name, tensor in tensors.items():
+        for name, tensor in self.adapted.tensors().items():
             self.best[name].copy_(tensor)
 
     @property

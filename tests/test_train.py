@@ -222,6 +222,45 @@ def test_early_stopping_counts_evaluations_and_the_best_is_kept(bases: Bases, re
     assert all(torch.equal(t, marks[1][1][name]) for name, t in prepared.adapted.tensors().items())
 
 
+def test_a_better_step_takes_the_memory_of_the_best_before_and_leaves_what_was_saved(
+    bases: Bases, reviews: Path, tmp_path: Path
+):
+    prepared = prepare(recipe(bases(), reviews, "train.steps=20"), tmp_path)
+    state = prepared.start()
+    running = train(state, prepared.tokens["train"], prepared.plan, prepared.machine)
+    next(running)
+    state.record(0.5)
+    assert state.best is not None
+    places = {name: tensor.data_ptr() for name, tensor in state.best.items()}
+    saved = state.state_dict()["best"]
+    first = {name: tensor.clone() for name, tensor in saved.items()}
+    next(running)
+    state.record(0.7)
+    assert {name: tensor.data_ptr() for name, tensor in state.best.items()} == places
+    assert all(torch.equal(state.best[name], tensor) for name, tensor in prepared.adapted.tensors().items())
+    assert all(torch.equal(saved[name], tensor) for name, tensor in first.items())
+    assert not torch.equal(saved["classifier.weight"], state.best["classifier.weight"])
+
+
+def test_memory_that_runs_out_once_while_the_best_step_is_kept_is_asked_for_again(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prepared = prepare(recipe(bases(), reviews), tmp_path)
+    state, calls = prepared.start(), []
+    keep = state._keep
+
+    def failing() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        keep()
+
+    monkeypatch.setattr(state, "_keep", failing)
+    state.record(0.5)
+    assert (len(calls), state.best_metric) == (2, 0.5)
+    assert state.best is not None
+
+
 def test_a_loss_that_is_not_finite_names_step_rate_and_rows(bases: Bases, reviews: Path, tmp_path: Path):
     prepared = prepare(recipe(bases(), reviews, "train.steps=5", "train.schedule=constant", "train.warmup=0"), tmp_path)
     state = prepared.start()
