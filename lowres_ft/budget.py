@@ -239,18 +239,18 @@ def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
 
 def remedies(recipe: Recipe, plan: Plan, now: int, needs: Needs) -> list[Remedy]:
     """Changes of a recipe that needs so many bytes `now`, by what each saves on its own, most first."""
-    found = [Remedy(change, now - needed) for needed, change, _ in _needed(recipe, plan, needs) if needed < now]
+    found = [Remedy(change, now - needed) for needed, change in _needed(recipe, plan, needs) if needed < now]
     return sorted(found, key=lambda remedy: -remedy.saves)
 
 
-def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str, Recipe]]:
-    """Yield what a recipe needs after each change by itself, the change, and the recipe so."""
+def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str]]:
+    """Yield what a recipe needs after each change by itself, and the change."""
     for change, changed in changes.frugal(recipe, plan.dtype, plan.device):
         try:
             needed = needs(changed, _by(changed, plan))
         except LowresError:  # it cannot be on this base
             continue
-        yield needed, change, changed
+        yield needed, change
 
 
 def _by(recipe: Recipe, plan: Plan) -> Plan:

@@ -61,7 +61,8 @@ class Disturbed:
 
         def listen(event: Event) -> None:
             if isinstance(event, Stage):
-                begins.append((event.text.split()[0], counting.done + 1))
+                words = event.text.split()  # two stages begin with "loading": what was written is loaded, too
+                begins.append((words[-1] if words[-1] == "comparing" else words[0], counting.done + 1))
 
         with Failing(set(), MemoryError) as counting:
             bundle = run(recipe, room / "straight", device_name="cpu", listen=listen).folder

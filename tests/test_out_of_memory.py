@@ -96,7 +96,7 @@ def test_fifty_errors_at_random_places_leave_losses_and_adapter(wanted, tmp_path
 def test_errors_in_any_part_of_a_run_leave_the_result_or_end_in_one_error(wanted, tmp_path):
     """Loading, scoring and the look at what was written, too; `python -m tests.shortages` does 50."""
     disturbed, chance = Disturbed(wanted, tmp_path), random.Random(7)
-    assert {"loading", "trying", "training", "scoring"} <= disturbed.parts.keys()
+    assert {"loading", "trying", "training", "scoring", "comparing"} <= disturbed.parts.keys()
     for number, (part, operations) in enumerate(disturbed.parts.items()):
         came = disturbed.outcome(str(number), {chance.choice(operations)}, KINDS[number % len(KINDS)])
         assert not came.startswith("wrong"), f"{part}: {came}"
