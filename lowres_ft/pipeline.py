@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,7 @@ from lowres_ft import (
 )
 from lowres_ft import contrast as contrasts
 from lowres_ft.bundle import Bundle
+from lowres_ft.contrast import Contrast, Probed
 from lowres_ft.data import Data
 from lowres_ft.device import Machine
 from lowres_ft.errors import BundleError, OutOfMemoryError
@@ -47,6 +48,8 @@ from lowres_ft.saving import Keeper
 from lowres_ft.sizes import show_bytes, show_seconds
 from lowres_ft.tasks.base import Ragged
 from lowres_ft.tokenizing import load_tokenizer
+
+T = TypeVar("T")
 
 
 def run(
@@ -147,6 +150,14 @@ class _Draft:
     expected: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a model was asked before training, and what it did."""
+
+    contrast: Contrast
+    before: Probed
+
+
 def _experiment(
     resolved: Recipe, rows: Data, machine: Machine, place: Place, listen: Listener, digest: str
 ) -> _Draft | None:
@@ -154,11 +165,7 @@ def _experiment(
     ready = _twice(partial(preparing.prepare, resolved, rows, machine, place, listen), machine, "preparing")
     ready = _checked(ready, machine, listen)
     ready = _twice(partial(preparing.tried, ready, machine, place, listen), machine, "trying the longest texts")
-    contrast = before = None
-    if resolved.task.base_is_baseline and not machine.rank:
-        listen(Stage("asking the untouched base"))
-        contrast = contrasts.prepare(ready.adapted, ready.tokens)
-        before = contrast.look(ready.adapted, ready.plan, outputs=True)
+    asked = _twice(partial(_asked, ready, machine, listen), machine, "asking the untouched base")
     listen(Stage(f"training on {len(ready.tokens['train']):,} rows{_told(ready)}"))
     keeper = Keeper(place.checkpoints, resolved.train.checkpoint_every, place.found, writes=not machine.rank)
     with files.writing(place.metrics), open(place.metrics, "w", buffering=1, encoding="utf-8") as log:
@@ -167,6 +174,26 @@ def _experiment(
     if machine.rank:
         return None
     listen(Stage("scoring beside the baselines"))
+
+    def scored() -> _Draft:
+        changed, found = _scored(ready, measured, asked, listen)
+        found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
+        return _written(changed, found, machine, place)
+
+    return shortage.twice(scored, machine.device, "scoring")  # others have ended: nothing is exchanged any more
+
+
+def _asked(ready: Ready, machine: Machine, listen: Listener) -> _Asked | None:
+    """What the untouched base does, where it is a baseline."""
+    if machine.rank or not ready.recipe.task.base_is_baseline:
+        return None
+    listen(Stage("asking the untouched base"))
+    contrast = contrasts.prepare(ready.adapted, ready.tokens)
+    return _Asked(contrast, contrast.look(ready.adapted, ready.plan, outputs=True))
+
+
+def _scored(ready: Ready, measured: Measured, asked: _Asked | None, listen: Listener) -> tuple[Ready, dict[str, Any]]:
+    """What is ready, with what its task chooses after training, and what report.json holds of it."""
     predicted = {
         name: evaluate.outputs(ready.adapted, tokens, ready.plan)
         for name, tokens in ready.tokens.items()
@@ -174,15 +201,15 @@ def _experiment(
     }
     limits.trim()  # of what training took: the baselines bring libraries of their own
     ready = tuned(ready, predicted)
-    found = _reported(ready, measured, predicted, before.outputs if before else None, listen)
-    if contrast and before:
-        found |= contrast.to_json(before, contrast.look(ready.adapted, ready.plan, outputs=False))
-    found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
-    return _written(ready, found, machine, place)
+    found = _reported(ready, measured, predicted, None if asked is None else asked.before.outputs, listen)
+    if asked is not None:
+        after = asked.contrast.look(ready.adapted, ready.plan, outputs=False)
+        found |= asked.contrast.to_json(asked.before, after)
+    return ready, found
 
 
-def _twice(make: Callable[[], Ready], machine: Machine, what: str) -> Ready:
-    """What is ready, made again where memory ran out; once beside other processes, which exchange meanwhile."""
+def _twice(make: Callable[[], T], machine: Machine, what: str) -> T:
+    """What `make` gives, made again where memory ran out; once beside other processes, which exchange meanwhile."""
     return make() if machine.processes > 1 else shortage.twice(make, machine.device, what)
 
 

@@ -57,11 +57,12 @@ class Probe:
             raise BundleError(f"the probe rows hold token ids beyond the model's {size}")
         was_training = adapted.model.training
         adapted.model.eval()
-        with torch.inference_mode(), adapted.computing():
-            found = [adapted.task.logits(adapted.model, batch).float().cpu() for batch in self._batches(adapted.device)]
-            whole = torch.cat(found)
-        adapted.model.train(was_training)
-        return whole
+        try:
+            with torch.inference_mode(), adapted.computing():
+                found = [adapted.task.logits(adapted.model, one).float().cpu() for one in self._batches(adapted.device)]
+                return torch.cat(found)
+        finally:
+            adapted.model.train(was_training)
 
     def _batches(self, device: torch.device) -> Iterator[Batch]:
         """Yield the rows, few at once: a run that has ended takes no more for them than its steps did."""

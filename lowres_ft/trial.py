@@ -5,6 +5,7 @@ memory and the seconds that were measured correct what was told. Nothing of it s
 is changed, and no random state is there to be moved.
 """
 
+import statistics
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +30,9 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.train import TrainState
 
 _SHARE = 0.02  # of a run's time that may go into timing it
+_BRIEF = 3.0  # seconds that may in any case
+_TIMES = 3  # of which the one in the middle counts
+_FIRST = 1.5  # times what others take, that a process's first step may where it takes seconds
 _FASTER = 0.9  # what a finer cut must take of the plan's, so that noise does not decide on the last bits of a result
 _NEAR = 0.1  # how far what was told may lie from what was measured
 _STEPS = 32  # of which the one in the middle is timed
@@ -138,8 +142,8 @@ def run(
     longest = subject.longest(plan)
     first = subject.step(longest, plan)
     _evaluated(adapted, tokens, plan)
-    after = device.peak_bytes(plan.device)
     timed = _timed(subject, plan, expected, longest, first)
+    after = device.peak_bytes(plan.device)
     found = (expected.pace or pace.UNKNOWN).corrected(timed)
     told = expected.memory
     peak = after + simulate.held(adapted, recipe).best if told is None else _peak(before, after, told)
@@ -164,23 +168,27 @@ def _peak(before: int, after: int, told: Memory) -> int:
 def _timed(
     subject: _Subject, plan: Plan, expected: Expected, longest: np.ndarray, first: float
 ) -> list[tuple[tuple[pace.Shape, ...], float]]:
-    """Micro-batches and their seconds: of two steps where the run is long enough, else of one.
+    """Micro-batches and their seconds, of a step in the middle and of the longest as far as there is time for them.
 
-    The first one of a shape takes up to three times what others do, as kernels and memory are made ready: so each is
-    timed the second time, and where there is no time for that, `first`, which is the process's, can only say that what
-    was told is too long.
+    The first step of a shape takes longer than others, as kernels and memory are made ready: so each is timed the
+    second time. Where there is no time for that, `first`, which is the process's, bounds what was told.
     """
     typical = subject.typical()
     parts = [subject.shapes(step, plan) for step in (longest, typical)]
     told = [first if expected.pace is None else sum(map(expected.pace.seconds, part)) for part in parts]
-    most = _SHARE * (expected.seconds or expected.course.steps * first)
-    if told[0] + 2 * told[1] < most:
-        subject.step(typical, plan)
-        return [(part, subject.step(step, plan)) for part, step in zip(parts, (longest, typical), strict=True)]
-    if 2 * told[1] < most:
-        subject.step(typical, plan)
-        return [(parts[1], subject.step(typical, plan))]
-    return [(parts[0], min(first, told[0]))]
+    most = max(_BRIEF, _SHARE * (expected.seconds or expected.course.steps * first))
+    if 2 * first * told[1] / told[0] > most:
+        again = first <= most
+        return [(parts[0], subject.step(longest, plan) if again else min(max(told[0], first / _FIRST), first))]
+    ends = time.perf_counter() + most
+    subject.step(typical, plan)
+    taken = [subject.step(typical, plan)]
+    while len(taken) < _TIMES and time.perf_counter() + taken[-1] < ends:
+        taken.append(subject.step(typical, plan))
+    timed = [(parts[1], statistics.median(taken))]
+    if time.perf_counter() + first < ends:
+        timed.append((parts[0], subject.step(longest, plan)))
+    return timed
 
 
 def _subject(recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine) -> _Subject:

@@ -293,18 +293,21 @@ def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "first", "asked", "found"),
+    ("first", "typical", "asked", "found"),
     [
-        (500, 3.0, ["typical", "longest", "typical"], [("longest", 1.0), ("typical", 0.25)]),  # 1.5 s of 125
-        (120, 3.0, ["typical", "typical"], [("typical", 0.25)]),  # 0.5 s of 30
-        (5, 3.0, [], [("longest", 1.0)]),  # nothing of 1.25 s: told is what it was
-        (5, 0.5, [], [("longest", 0.5)]),  # nor here, but it cannot take longer than the first one
+        (0.6, [0.3, 0.4, 0.2, 0.25], "typical typical typical typical longest", {"typical": 0.25, "longest": 0.5}),
+        (1.4, [0.9, 1.1], "typical typical", {"typical": 1.1}),  # no other ends within 3 s
+        (2.5, [], "longest", {"longest": 0.5}),
+        (4.0, [], "", {"longest": 4.0 / 1.5}),  # told is too short
+        (3.1, [], "", {"longest": 3.1}),  # told is too long
     ],
 )
-def test_a_first_step_is_only_timed_where_no_other_can_be(
-    steps: int, first: float, asked: list[str], found: list[tuple[str, float]]
+def test_steps_are_timed_as_far_as_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, first: float, typical: list[float], asked: str, found: dict[str, float]
 ):
-    seconds, done = {"longest": 1.0, "typical": 0.25}, []
+    """Within three seconds of a short run; a step is told to take 2 s, or 4 where its first one takes 3.1."""
+    now, done = [0.0], []
+    taken = {"typical": iter(typical), "longest": iter([0.5])}
 
     class Subject:
         typical = staticmethod(lambda: "typical")
@@ -312,12 +315,33 @@ def test_a_first_step_is_only_timed_where_no_other_can_be(
 
         def step(self, step: str, _: object) -> float:
             done.append(step)
-            return seconds[step]
+            now[0] += (seconds := next(taken[step]))
+            return seconds
 
     class Told:
-        seconds = staticmethod(lambda shape: {"longest": 1.0, "typical": 0.25}[shape[0]])
+        seconds = staticmethod(lambda _: 4.0 if first == 3.1 else 2.0)
 
-    expected = SimpleNamespace(pace=Told, seconds=0.25 * steps)
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
+    expected = SimpleNamespace(pace=Told, seconds=20.0)
     timed = trial._timed(Subject(), None, expected, "longest", first)  # type: ignore[arg-type]
-    assert sorted(done) == sorted(asked)
-    assert timed == [(((step, 1),), taken) for step, taken in found]
+    assert done == asked.split()
+    assert {shapes[0][0]: seconds for shapes, seconds in timed} == pytest.approx(found)
+
+
+def test_a_long_run_has_more_time_for_it(monkeypatch: pytest.MonkeyPatch):
+    done = []
+
+    class Subject:
+        typical = staticmethod(lambda: "typical")
+        shapes = staticmethod(lambda step, _: ((step, 1),))
+
+        def step(self, step: str, _: object) -> float:
+            done.append(step)
+            return 4.0
+
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: 4.0 * len(done))
+    for seconds, count in ((500.0, 2), (2000.0, 5)):  # two hundredths: 10 and 40 s
+        done.clear()
+        expected = SimpleNamespace(pace=SimpleNamespace(seconds=lambda _: 4.0), seconds=seconds)
+        trial._timed(Subject(), None, expected, "longest", 5.0)  # type: ignore[arg-type]
+        assert len(done) == count
