@@ -1,21 +1,23 @@
 """What is told of memory and time, fitted to whole runs: `python -m benchmarks.fit [--write] [--work F] [--out FILE]`.
 
 Memory: what a process takes beside its tensors (`lowres_ft/tables/memory.json`), and of other runs what one takes that
-is bound. Time: the share of its best that a processor reaches (`lowres_ft/tables/speed.json`). The tables change with
-`--write` alone; what is shown is told by them as they then are. A run's first step, by which not all kernels and memory
-are ready, does not count. Nothing else may run: time counts, and memory is given back by the clock.
+is bound. Time: the share of its best that a processor reaches (`lowres_ft/tables/speed.json`), on this machine and on
+those whose records stand `--beside`. The tables change with `--write` alone; what is shown is told by them as they then
+are. A run's first step, by which not all kernels and memory are ready, does not count. Nothing else may run: time
+counts, and memory is given back by the clock.
 
 Runs are those of the command line, in whose process malloc sets no small blocks aside (`allocator.restart`). With
 `--aside` they are those of a program that imports lowres_ft, in a folder of their own.
 """
 
 import argparse
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
@@ -123,35 +125,63 @@ class Timed:
         return sum(sum(map(found.seconds, shapes)) + found.update for shapes in self.steps)
 
 
-def reached(runs: Sequence[Timed], rates: Rates, start: Share) -> Share:
-    """Least squares of the logarithms of told over measured; a run that lies far off counts less."""
+@dataclass(frozen=True)
+class Seen:
+    """A run on a machine."""
+
+    run: Timed
+    rates: Rates
+    seconds: float
+    """Of all steps but the first."""
+
+    @classmethod
+    def of(cls, several: Sequence[Known], rates: Rates, records: Sequence[dict[str, Any]]) -> list[Self]:
+        """Some runs on this machine, and on others as far as their records have them."""
+        timed = [Timed(known) for known in several]
+        found = [cls(one, rates, one.measured) for one in timed]
+        for record in records:
+            took = {one["run"]: one["measured"]["seconds"] for one in record["runs"]}
+            theirs = Rates.model_validate(record["rates"])
+            found += [cls(one, theirs, took[name]) for one in timed if (name := one.known.run.name) in took]
+        return found
+
+
+def reached(several: Sequence[Seen], start: Share) -> Share:
+    """Least squares of the logarithms of told over measured; a run that lies far off counts less.
+
+    No share is above 1, and no function is faster for its bytes than what only moves them.
+    """
     names = list(Share.model_fields)
+    moving, functions = names.index("bandwidth"), names.index("functions")
 
     def share(logs: np.ndarray) -> Share:
-        return Share(**dict(zip(names, np.exp(logs), strict=True)))
+        values = np.exp(logs)
+        values[functions] *= values[moving]
+        return Share(**dict(zip(names, values, strict=True)))
 
     def errors(logs: np.ndarray) -> list[float]:
-        return [float(np.log(one.told(rates, share(logs)) / one.measured)) for one in runs]
+        return [float(np.log(one.run.told(one.rates, share(logs)) / one.seconds)) for one in several]
 
     first = np.log([getattr(start, name) for name in names])
+    first[functions] -= first[moving]
     least = [np.log(_START) if name == "start" else -np.inf for name in names]
     most = [np.inf if name == "start" else 0.0 for name in names]
     found = least_squares(errors, np.minimum(first, most), bounds=(least, most), loss="soft_l1", f_scale=0.2)
-    return Share(**{name: float(f"{value:.3g}") for name, value in zip(names, np.exp(found.x), strict=True)})
+    return Share(**{name: float(f"{value:.3g}") for name, value in share(found.x).model_dump().items()})
 
 
-def _write(runs: Sequence[Known], bound: Sequence[Known], rates: Rates) -> None:
-    """Write both tables: of commands, some of which are bound, or of programs whose malloc sets blocks aside."""
+def _write_memory(runs: Sequence[Known], bound: Sequence[Known]) -> None:
+    """Write the table of memory: of commands, some of them bound, or of programs whose malloc sets blocks aside."""
     found = constants([Held.of(known) for known in runs])
     if bound:
         found |= constants([Held.of(known) for known in bound])
     table = tables.read("memory")
     files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
-    timed = {"cpu": runs, "bound": bound} if bound else {"aside": runs}
-    shares = {
-        kind: reached([Timed(known) for known in several], rates, Share.of(kind)).model_dump()
-        for kind, several in timed.items()
-    }
+
+
+def _write_speed(timed: Mapping[str, Sequence[Seen]]) -> None:
+    """Write the table of speed: the share of each kind of process."""
+    shares = {kind: reached(several, Share.of(kind)).model_dump() for kind, several in timed.items()}
     files.write_json(_TABLES / "speed.json", tables.read("speed") | shares)
 
 
@@ -184,7 +214,15 @@ def _show(record: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What is told of memory and time, fitted to whole runs.")
-    parser.add_argument("--write", action="store_true", help="Write the tables by which runs are told.")
+    parser.add_argument(
+        "--write",
+        nargs="*",
+        choices=("memory", "speed"),
+        help="Write the tables by which runs are told, or one of them.",
+    )
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", default=[], help="Records of other machines, whose times are fitted too."
+    )
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/whole"), help="Where bases and runs lie.")
     parser.add_argument("--out", type=Path, help="Where to write the record.")
     parser.add_argument("--aside", action="store_true", help="Runs whose malloc sets small blocks aside.")
@@ -195,8 +233,13 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     rates = speed.known(device.find("cpu"))
     runs, bound = ([Known.of(run, work) for run in several] for several in (FITTED, () if given.aside else BOUND))
-    if given.write:
-        _write(runs, bound, rates)
+    written = {"memory", "speed"} if given.write == [] else set(given.write or [])
+    if "memory" in written:
+        _write_memory(runs, bound)
+    if "speed" in written:
+        others = [json.loads(path.read_bytes()) for path in given.beside]
+        kinds = {"aside": runs} if given.aside else {"cpu": runs, "bound": bound}
+        _write_speed({kind: Seen.of(several, rates, others) for kind, several in kinds.items()})
     record = [_record(known, rates) for known in (*runs, *bound)]
     _show(record)
     if given.out:

@@ -2,13 +2,13 @@
 
 Each recipe runs twice, each time in a process of its own: as it is, and with `budget.memory` at that share of the first
 run's peak. The second is held to it from outside too: this process looks at the child's peak of resident memory
-(VmHWM) every 10 ms, and kills it above. Both are compared loss by loss. A recipe of which the libraries alone need
+(VmHWM) every 10 ms, and where the child has children of its own, at what all of them hold together, shared pages
+counted once; above the limit it kills it. Both are compared loss by loss. A recipe of which the libraries alone need
 more than the share is refused, which is told as it is. This process imports nothing heavy.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -56,30 +56,38 @@ def watched(arguments: Sequence[str], most: int | None = None) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
         command = [sys.executable, "-m", "lowres_ft", "recipe", *arguments, "--device", "cpu", "--out", str(out)]
-        began, killed = time.monotonic(), False
+        began, killed, peak = time.monotonic(), False, 0
         with (Path(folder) / "stderr").open("w+") as told:
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
-            while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
-                if most is not None and not killed and _peak(child.pid) > most:
+            while child.poll() is None:
+                peak = max(peak, _held(child.pid))
+                if most is not None and not killed and peak > most:
                     killed = True
                     child.kill()
                 time.sleep(_EVERY)
-            child.returncode = os.waitstatus_to_exitcode(ended[1])
             told.seek(0)
             lines = told.read().splitlines()
         report = json.loads((out / "report.json").read_text()) if child.returncode == 0 else None
     error = "\n".join(line for line in lines if line.startswith(("error:", "hint:")))
-    seconds = time.monotonic() - began
-    return Outcome(child.returncode, killed, ended[2].ru_maxrss * 1024, seconds, error, report)
+    return Outcome(child.returncode, killed, peak, time.monotonic() - began, error, report)
 
 
-def _peak(pid: int) -> int:
-    """VmHWM of a process in bytes; 0 where it has ended."""
+def _held(pid: int) -> int:
+    """Bytes that a process has held at most, or holds with its children now if that is more; 0 where it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+        alone = _figure(Path(f"/proc/{pid}/status"), "VmHWM:")
+        if len(family) == 1:
+            return alone
+        return max(alone, sum(_figure(Path(f"/proc/{one}/smaps_rollup"), "Pss:") for one in family))
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _figure(path: Path, name: str) -> int:
+    """Bytes that a file of the system tells under a name; 0 where it does not."""
+    lines = path.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def compare(arguments: Sequence[str], share: float) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def compare(arguments: Sequence[str], share: float) -> dict[str, Any]:
     return {
         "arguments": list(arguments),
         "limit_bytes": limit,
-        "enforced": "from outside by a watcher that kills the child above the limit (VmHWM, every 10 ms)",
+        "enforced": "from outside by a watcher that kills the child above the limit (VmHWM, with its children Pss)",
         "free": _told(free),
         "held": _told(held),
         "steps": len(pairs),

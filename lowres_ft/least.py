@@ -115,7 +115,8 @@ class Weights:
         needed = [(name, shape) for name, shape in self.shapes.items() if _is_needed(name, recipe)]
         held = sum(_bytes_each(name, shape, recipe) * prod(shape) for name, shape in needed)
         if recipe.method.trains_base:
-            return int(held * (1 + (_GRADIENT + _MOMENTS[recipe.train.optimizer]) / _SINGLE))
+            best = 0 if recipe.data.validation is None else _SINGLE  # a copy of the best step
+            return int(held * (1 + (_GRADIENT + _MOMENTS[recipe.train.optimizer] + best) / _SINGLE))
         stored = (prod(shape) * min(1.0, _bytes_each(name, shape, recipe)) for name, shape in needed)
         return int(held + FILE_ELEMENT * max(stored, default=0))
 

@@ -8,10 +8,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -19,14 +20,31 @@ from torch.utils.flop_counter import flop_registry
 Kind = Literal["activations", "logits", "gradients", "work", "converted"]
 """What a step makes: in the forward pass, after it, for the optimizer, for the backward pass, from codes."""
 _ATEN = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _SCALAR, _INDEX = _ATEN._local_scalar_dense.default, _ATEN.index.Tensor  # noqa: SLF001 (their only names)
 _PUT = {
     _ATEN.index_put.default: torch.empty_like,
     _ATEN.index_put_.default: lambda into: into,
     _ATEN._index_put_impl_.default: lambda into: into,
 }
-Cost = tuple[float, int]
-"""FLOPs of an operation, and the bytes that it reads and writes."""
+_FUNCTIONS = {
+    *("softmax", "softmax_backward_data", "log_softmax", "log_softmax_backward_data"),
+    *("gelu", "gelu_backward", "silu", "silu_backward", "elu", "mish"),
+    *("sigmoid", "sigmoid_backward", "tanh", "tanh_backward", "exp", "erf", "sin", "cos", "log", "softplus"),
+    *("native_layer_norm", "native_layer_norm_backward", "native_group_norm"),
+    *("where", "masked_fill", "gather", "scatter", "scatter_add", "index_add", "embedding_dense_backward"),
+}
+"""Operations in which each number takes time, not only its bytes: many instructions, a choice, a place."""
+
+
+class Cost(NamedTuple):
+    """What an operation asks of a device."""
+
+    flops: float
+    moved: int
+    """Bytes that it reads and writes."""
+    function: bool = False
+    """Whether a processor takes far longer for it than for its bytes."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,10 +67,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is _DEVICE and isinstance(args[0], FakeTensor):  # every other call, and nothing is computed
+            return args[0].fake_device
         found = _decided(function, args)
         if found is None:
             found = function(*args, **(kwargs or {}))
-        if self.kind is not None:
+        if self.kind is not None and function is not _DEVICE:
             self._note(function, args, kwargs or {}, found)
         return found
 
@@ -91,7 +111,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not function.is_view:
             count = flop_registry.get(function.overloadpacket)
             flops = count(*args, **kwargs, out_val=found) if count else 0
-            self.costs[float(flops), sum(map(nbytes, (*given, *made)))] += 1
+            name = function.overloadpacket.__name__.strip("_")
+            self.costs[Cost(float(flops), sum(map(nbytes, (*given, *made))), name in _FUNCTIONS)] += 1
         for tensor in made:
             self._keep(tensor, "converted" if _converts(function, args) else self.kind)
 

@@ -135,7 +135,7 @@ def estimate(
         ModelError: The base cannot be adapted as asked.
     """
     several = heaviest(shapes, plan) if shapes else list(full(recipe, plan))
-    accounts = [simulate.account(recipe, base, profile, plan, *shape) for shape in several]
+    accounts = simulate.accounts(recipe, base, profile, plan, several)
     account = max(accounts, key=lambda one: one.peak.bytes)
     kind = heap(recipe, profile, plan)
     fitted = Fitted.of(kind)

@@ -10,7 +10,7 @@ is a sum of what each layer keeps and of what one of them needs for a moment.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -74,7 +74,7 @@ class Pass:
     most: dict[Kind, float]
     """Bytes by what they are for, at the moment when they are most."""
     costs: dict[Cost, float]
-    """How often each FLOPs and bytes moved of an operation occur."""
+    """How often each cost of an operation occurs."""
     blocks: dict[int, float] = field(default_factory=dict)
     """Bytes at that moment by the size of what holds them."""
 
@@ -112,26 +112,36 @@ def account(recipe: Recipe, base: Base, profile: Profile, plan: Plan, rows: int,
     Raises:
         ModelError: The base cannot be adapted as asked.
     """
+    return accounts(recipe, base, profile, plan, [(rows, width)])[0]
+
+
+def accounts(
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shapes: Sequence[tuple[int, int]]
+) -> list[Account]:
+    """Account for micro-batches of some shapes, as `account` does for one, by a model that is made once."""
     if recipe.model.quantize != "none":
         quantize.require_library(recipe.model.quantize)
         quantize.require_widths(profile, recipe.model.quantize)
-    if profile.stack is None or profile.layers <= _MORE + 2:
-        holding, ((training, evaluation),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
-        return Account(rows, width, holding, training, evaluation)
-    holding, ((trained, evaluated), few) = _run(recipe, base, profile, plan, (rows, width), (_MORE, _FEW))
-    deep, answered = _extended(trained, few[0], profile.layers), _extended(evaluated, few[1], profile.layers)
-    if deep is None or answered is None:
-        _, ((deep, answered),) = _run(recipe, base, profile, plan, (rows, width), (profile.layers,))
-    return Account(rows, width, holding, deep, answered)
+    deep = profile.stack is not None and profile.layers > _MORE + 2
+    holding, found = _run(recipe, base, profile, plan, shapes, (_MORE, _FEW) if deep else (profile.layers,))
+    accounts = []
+    for shape, (done, *fewer) in zip(shapes, found, strict=True):
+        passes: Sequence[Pass | None] = done
+        if fewer:
+            passes = [_extended(more, few, profile.layers) for more, few in zip(done, *fewer, strict=True)]
+        training, evaluation = passes
+        if training is None or evaluation is None:
+            _, [[(training, evaluation)]] = _run(recipe, base, profile, plan, [shape], (profile.layers,))
+        accounts.append(Account(*shape, holding, training, evaluation))
+    return accounts
 
 
 def _run(
-    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shape: tuple[int, int], depths: tuple[int, ...]
-) -> tuple[Held, list[tuple[Pass, Pass]]]:
-    """What a model holds, and its passes with so many layers each, which become fewer."""
-    ledger = Ledger()
-    rows, width = shape
-    found = []
+    recipe: Recipe, base: Base, profile: Profile, plan: Plan, shapes: Sequence[tuple[int, int]], depths: Sequence[int]
+) -> tuple[Held, list[list[tuple[Pass, Pass]]]]:
+    """What a model holds, and for each shape its passes with so many layers each, which become fewer."""
+    ledger, share = Ledger(), -(-recipe.train.batch_size // plan.processes)
+    found: list[list[tuple[Pass, Pass]]] = [[] for _ in shapes]
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         adapted = _adapted(recipe, base, profile, plan)
         holding = held(adapted, recipe)
@@ -142,8 +152,9 @@ def _run(
                 stack = adapted.model.get_submodule(profile.stack)
                 assert isinstance(stack, nn.ModuleList)
                 del stack[depth:]
-            training = _training(adapted, ledger, rows, width, cut=rows < -(-recipe.train.batch_size // plan.processes))
-            found.append((training, _evaluation(adapted, ledger, 2 * rows, width)))
+            for (rows, width), passes in zip(shapes, found, strict=True):
+                training = _training(adapted, ledger, rows, width, cut=rows < share)
+                passes.append((training, _evaluation(adapted, ledger, 2 * rows, width)))
     return holding, found
 
 

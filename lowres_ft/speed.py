@@ -1,9 +1,11 @@
 """How fast a device computes, and what a step takes at that rate.
 
 An operation takes as long as its products or as the bytes that it reads and writes, whichever is longer (the roofline
-of Williams et al. 2009, doi:10.1145/1498765.1498785), and some time to be started.
+of Williams et al. 2009, doi:10.1145/1498765.1498785), and some time to be started. Of functions such as softmax, a
+processor computes fewer numbers in a second than it could read.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -13,6 +15,7 @@ import torch
 
 from lowres_ft import allocator, limits, mapped, tables, timings
 from lowres_ft.device import Dtype, Machine
+from lowres_ft.ledger import Cost
 from lowres_ft.recipe import Recipe
 from lowres_ft.simulate import Pass
 from lowres_ft.spec import Spec
@@ -20,6 +23,7 @@ from lowres_ft.spec import Spec
 _PRODUCT = {"cpu": 1024, "mps": 2048, "cuda": 4096}
 _SUMMED = 2**19  # elements of fp32: three such tensors lie in a processor's caches, as most of a step's do
 _COPIED = 2**23  # elements of fp32: more than most caches hold, and little beside a run
+_ROUNDS = 4  # turns of what is measured
 
 
 class Rates(Spec):
@@ -45,6 +49,8 @@ class Share(Spec):
     """Of the FLOPs of products."""
     bandwidth: float
     """Of the bytes that it can read and write."""
+    functions: float
+    """The same of operations in which each number takes time (`Cost.function`)."""
     start: float
     """Seconds that it takes to start an operation."""
 
@@ -68,8 +74,13 @@ def share(recipe: Recipe, device: str) -> Share:
 
 def seconds(done: Pass, dtype: Dtype, rates: Rates, share: Share) -> float:
     """How long a micro-batch takes on a device that reaches a share of its rates."""
-    flops, bandwidth = rates.flops_in(dtype) * share.products, rates.bandwidth * share.bandwidth
-    return sum(count * (max(cost[0] / flops, cost[1] / bandwidth) + share.start) for cost, count in done.costs.items())
+    flops, rate = rates.flops_in(dtype) * share.products, rates.bandwidth
+
+    def each(cost: Cost) -> float:
+        reached = share.functions if cost.function else share.bandwidth
+        return max(cost.flops / flops, cost.moved / (rate * reached)) + share.start
+
+    return sum(count * each(cost) for cost, count in done.costs.items())
 
 
 def starts(done: Pass, share: Share) -> float:
@@ -90,31 +101,46 @@ def known(machine: Machine) -> Rates:
 
 
 def measured(device: str, each: float = 1.0) -> dict[str, Any]:
-    """Measure a device for `each` so many seconds: products in fp32 and bf16, and copies."""
+    """Measure a device for `each` so many seconds: products in fp32 and bf16, and sums or copies.
+
+    They take turns, as a machine that others share may be slow for a second.
+    """
     kind = torch.device(device).type
     size = _PRODUCT[kind]
-    flops = {}
-    for name in ("float32", "bfloat16"):
-        a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
-        flops[name] = 2.0 * size**3 / _best(lambda a=a, b=b: torch.mm(a, b), kind, each)  # type: ignore[misc]
-    moved = _summed(each) if kind == "cpu" else _copied(device, each)
-    return {"flops": flops, "bandwidth": moved, "link": moved if kind == "mps" else link(device)}
+    calls = {name: _product(size, getattr(torch, name), device) for name in ("float32", "bfloat16")}
+    moves, moved = _sum() if kind == "cpu" else _copy(device)
+    least: dict[str, float] = {}
+    for _ in range(_ROUNDS):
+        for name, call in [*calls.items(), ("moves", moves)]:
+            least[name] = min(least.get(name, math.inf), _best(call, kind, each / _ROUNDS))
+    bandwidth = moved / least["moves"]
+    return {
+        "flops": {name: 2.0 * size**3 / least[name] for name in calls},
+        "bandwidth": bandwidth,
+        "link": bandwidth if kind == "mps" else link(device),
+    }
 
 
-def _summed(each: float) -> float:
-    """Bytes a second that a processor reads and writes by sums.
+def _product(size: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    """A product of square matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: torch.mm(a, b)
+
+
+def _sum() -> tuple[Callable[[], Any], int]:
+    """A sum of a processor, and the bytes that it reads and writes.
 
     A large copy does not tell: of two processors the one that copied less fast (69 of 102 GB/s) took no longer for what
     else a step does to its tensors, most of which caches hold.
     """
     a, b, c = (torch.zeros(_SUMMED) for _ in range(3))
-    return 3 * 4 * _SUMMED / _best(lambda: torch.add(a, b, out=c), "cpu", each)
+    return lambda: torch.add(a, b, out=c), 3 * 4 * _SUMMED
 
 
-def _copied(device: str, each: float) -> float:
-    """Bytes a second that another device reads and writes by copies."""
+def _copy(device: str) -> tuple[Callable[[], Any], int]:
+    """A copy of another device, and the bytes that it reads and writes."""
     given, taken = (torch.zeros(_COPIED, device=device) for _ in range(2))
-    return 2 * 4 * _COPIED / _best(lambda: taken.copy_(given), torch.device(device).type, each)
+    return lambda: taken.copy_(given), 2 * 4 * _COPIED
 
 
 def link(device: str) -> float:

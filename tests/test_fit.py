@@ -35,18 +35,36 @@ def test_constants_of_memory_are_found():
 def test_the_share_that_a_processor_reaches_is_found():
     rates = Rates(flops={"float32": 1e11}, bandwidth=1e10, link=1e9)
 
+    put_in = Share(products=0.5, bandwidth=0.8, functions=0.03, start=2e-5)
+
     class Imagined:
-        def __init__(self, flops, moved, operations):
-            self.flops, self.moved, self.operations = flops, moved, operations
-            self.measured = self.told(rates, Share(products=0.5, bandwidth=0.8, start=2e-5))
+        def __init__(self, flops, moved, functions, operations):
+            self.flops, self.moved, self.functions, self.operations = flops, moved, functions, operations
 
         def told(self, rates, share):
             products = self.flops / rates.flops["float32"] / share.products
-            return products + self.moved / rates.bandwidth / share.bandwidth + self.operations * share.start
+            moved = (self.moved / share.bandwidth + self.functions / share.functions) / rates.bandwidth
+            return products + moved + self.operations * share.start
 
-    several = [Imagined(1e12, 1e10, 1e4), Imagined(1e11, 1e11, 1e4), Imagined(1e11, 1e10, 1e6), Imagined(3e11, 3e10, 1)]
-    found = fit.reached(several, rates, Share(products=1.0, bandwidth=1.0, start=1e-5))
-    assert found.model_dump() == pytest.approx({"products": 0.5, "bandwidth": 0.8, "start": 2e-5}, rel=0.02)
+    several = [
+        *(Imagined(1e12, 1e10, 1e8, 1e4), Imagined(1e11, 1e11, 1e8, 1e4), Imagined(1e11, 1e10, 1e8, 1e6)),
+        *(Imagined(1e11, 1e10, 1e10, 1e4), Imagined(3e11, 3e10, 3e8, 1)),
+    ]
+    faster = rates.model_copy(update={"bandwidth": 2e10})
+    seen = [fit.Seen(one, known, one.told(known, put_in)) for one in several for known in (rates, faster)]
+    found = fit.reached(seen, Share(products=1.0, bandwidth=1.0, functions=0.1, start=1e-5))
+    assert found.model_dump() == pytest.approx(put_in.model_dump(), rel=0.02)
+
+
+def test_runs_of_other_machines_are_taken_from_their_records():
+    rates = Rates(flops={"float32": 1e11}, bandwidth=1e10, link=1e9)
+    several = [SimpleNamespace(run=run, steps=[9.0, 1.0, 2.0]) for run in runs.FITTED[:2]]
+    took = [{"run": run.name, "measured": {"seconds": 5.0}} for run in (runs.FITTED[1], runs.JUDGED[0])]
+    other = {"rates": rates.model_dump() | {"bandwidth": 3e10}, "runs": took}
+    seen = fit.Seen.of(several, rates, [other])
+    assert [one.seconds for one in seen] == [3.0, 3.0, 5.0]
+    assert [one.run.known.run for one in seen] == [*runs.FITTED[:2], runs.FITTED[1]]
+    assert [one.rates.bandwidth for one in seen] == [1e10, 1e10, 3e10]
 
 
 def test_the_runs_that_judge_are_not_those_that_were_fitted():

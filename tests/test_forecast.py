@@ -6,6 +6,7 @@ from lowres_ft import catalogue, device, forecast, limits, profiles, speed
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.errors import ModelError
+from lowres_ft.ledger import Cost
 from lowres_ft.recipe import load_recipe
 from lowres_ft.simulate import Pass
 from tests import conftest
@@ -24,10 +25,12 @@ def outlook(base, reviews, *changes, **options):
 
 def test_an_operation_takes_as_long_as_its_products_or_its_bytes():
     share = speed.Share.model_validate(speed.tables.read("speed")["cpu"])
-    products, copies = Pass({}, {(1e12, 8): 3.0}), Pass({}, {(0.0, 10**10): 2.0})
+    products, copies = Pass({}, {Cost(1e12, 8): 3.0}), Pass({}, {Cost(0.0, 10**10): 2.0})
+    functions = Pass({}, {Cost(0.0, 10**8, function=True): 4.0})
     assert speed.seconds(products, "float32", SLOW, share) == pytest.approx(3 / share.products, rel=1e-3)
     assert speed.seconds(products, "bfloat16", SLOW, share) == pytest.approx(1.5 / share.products, rel=1e-3)
     assert speed.seconds(copies, "float32", SLOW, share) == pytest.approx(2 / share.bandwidth, rel=1e-3)
+    assert speed.seconds(functions, "float32", SLOW, share) == pytest.approx(0.04 / share.functions, rel=1e-3)
 
 
 def test_the_outlook_names_this_machine_and_usual_ones(bases, reviews):

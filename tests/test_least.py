@@ -82,7 +82,10 @@ def test_the_libraries_are_those_of_the_device(monkeypatch):
         pytest.param((RESIDENT, INT8), 2 * (1000 + 40) + 2400 + 4 * 2000, id="int8, but for words and norms"),
         pytest.param((INT8, WORDS), 1000 + 4 * 1000, id="int8 words"),
         pytest.param(("model.quantize=nf4", WORDS), 500 + 4 * 500, id="nf4 words, two to a byte"),
-        pytest.param(("method={kind: full}",), (4 + 4 + 8) * (1000 + 2400 + 40), id="all weights are trained"),
+        pytest.param(("method={kind: full}",), (4 + 4 + 8 + 4) * (1000 + 2400 + 40), id="all weights are trained"),
+        pytest.param(
+            ("method={kind: full}", "data.validation=null"), (4 + 4 + 8) * (1000 + 2400 + 40), id="and none are kept"
+        ),
     ],
 )
 def test_weights_by_hand(changes, expected, tmp_path):

@@ -84,7 +84,7 @@ def test_a_copy_of_the_best_tensors_is_there_after_the_only_evaluation(weights, 
     """Beside gradients, and not beside what a step or an evaluation computes with."""
     held = replace(NOTHING, best=weights)
     passes = Pass({"activations": 100, "gradients": 40}, {}), Pass({"activations": 20, "gradients": weights}, {})
-    monkeypatch.setattr(simulate, "account", lambda *_: Account(1, 1, held, *passes))
+    monkeypatch.setattr(simulate, "accounts", lambda *_: [Account(1, 1, held, *passes)])
     told = {on: memory.estimate(*made, goes_on=on)[0] for on in (True, False)}
     tensors = {on: one.activations + one.gradients + one.best for on, one in told.items()}
     assert tensors[False] == expected

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowres_ft import bases as base_module
 from lowres_ft import device, profiles, simulate, train
 from lowres_ft import plan as plans
+from lowres_ft.ledger import Cost, Ledger
 from lowres_ft.model import load
 from tests import conftest, tiny, tiny_chat
 
@@ -109,8 +111,16 @@ def test_layers_that_are_not_run_follow_from_those_that_are(architecture, change
     assert short.held == whole.held
     assert short.training.bytes == pytest.approx(whole.training.bytes, rel=0.02)
     assert short.evaluation.bytes == pytest.approx(whole.evaluation.bytes, rel=0.02)
-    flops = [sum(cost[0] * count for cost, count in one.training.costs.items()) for one in (short, whole)]
+    flops = [sum(cost.flops * count for cost, count in one.training.costs.items()) for one in (short, whole)]
     assert flops[0] == pytest.approx(flops[1], rel=0.02)
+
+
+@pytest.mark.parametrize("layers", [2, 9])
+def test_a_model_accounts_for_several_shapes_as_for_each(layers, bases, reviews):
+    recipe = conftest.recipe(bases("bert", num_hidden_layers=layers), reviews)
+    known = made(recipe)
+    shapes = [(4, 16), (2, 32)]
+    assert simulate.accounts(recipe, *known, shapes) == [simulate.account(recipe, *known, *shape) for shape in shapes]
 
 
 def test_recomputation_and_smaller_micro_batches_take_less(bases, reviews):
@@ -141,9 +151,24 @@ def test_flops_are_those_of_the_products(bases, reviews):
     layer = 4 * hidden * hidden + 2 * hidden * inner + 2 * width * hidden
     tokens = 2 * rows * width
     head = 2 * rows * (hidden * hidden + hidden * 2)
-    assert sum(cost[0] * n for cost, n in found.costs.items()) == pytest.approx(
+    assert sum(cost.flops * n for cost, n in found.costs.items()) == pytest.approx(
         2 * (2 * tokens * layer + head), rel=0.01
     )
+
+
+def test_what_is_computed_is_counted_and_what_is_asked_is_not():
+    ledger = Ledger()
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger, ledger.during("work"):
+        a, b = torch.zeros(4, 8), torch.zeros(8, 2)
+        assert a.device.type == "cpu"
+        torch.softmax(a @ b, -1).exp_().add_(1.0)
+    made = {cost: count for cost, count in ledger.costs.items() if cost.flops or cost.function}
+    assert made == {
+        Cost(2 * 4 * 8 * 2, 4 * (32 + 16 + 8)): 1,
+        Cost(0, 2 * 4 * 8, function=True): 1,
+        Cost(0, 32, True): 1,
+    }
+    assert sum(ledger.costs.values()) == 6  # two tensors of zeros, and the addition beside
 
 
 def test_tiny_bases_of_every_architecture_can_be_accounted_for(bases, reviews):
