@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lowres_ft import assets, bases, data, forked, registry
+from lowres_ft import assets, bases, data, forked, limits, registry
 from lowres_ft.checks._survey import Survey
 from lowres_ft.checks.base import SEVERITIES, Check, Finding
 from lowres_ft.data import Data
@@ -88,7 +88,11 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     def costly() -> list[Finding]:
         return [finding for one in looking if one.costly for finding in one.find(survey)]
 
-    found += forked.result(costly, brings="sklearn")  # 0.1 GB that would stay until the run's end
+    try:  # in a child: 0.1 GB would stay until the run's end
+        found += forked.result(costly, brings="sklearn", room=limits.room_beside())
+    except forked.NoRoomError:
+        left = ", ".join(one.kind for one in looking if one.costly)
+        yield f"check: budget.memory leaves no room to look for {left}; `lowres-ft check` looks at all"
     by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":

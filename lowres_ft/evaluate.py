@@ -222,11 +222,17 @@ def _beside(ours: _Sampled, theirs: np.ndarray) -> Baseline:
 
 
 def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) -> dict[str, Baseline]:
-    """Train the task's baselines on the same rows and compare."""
+    """Train the task's baselines on the same rows and compare.
+
+    Raises:
+        NoRoomError: A bound of this process leaves too little for them.
+    """
     rows = test.rows
     assert rows is not None
     examples = train.examples(task), rows.examples(task)
-    found: dict[str, Ragged] = forked.result(lambda: task.baselines(*examples, seed), brings="sklearn")
+    found: dict[str, Ragged] = forked.result(
+        lambda: task.baselines(*examples, seed), brings="sklearn", room=limits.room_beside()
+    )
     if not found:
         return {}
     own = _Sampled.of(task, task.evidence(test.truth, ours))

@@ -19,22 +19,35 @@ from typing import Any
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _IDLE = 10.0  # seconds; a child that computes nothing for so long is taken to hang
 _CHUNK = 2**16
+_RAISED, _NO_MEMORY = 1, 2  # how a child ends
 
 
-def result(call: Callable[[], Any], brings: str, idle: float = _IDLE) -> Any:
+class NoRoomError(Exception):
+    """What this process may take leaves too little for a child."""
+
+
+def result(call: Callable[[], Any], brings: str, idle: float = _IDLE, *, room: int | None = None) -> Any:
     """What a call gives, which can be pickled, from a child; this process calls it where no child could.
 
     That is so off Linux; where the library that it `brings` is here already, so that nothing is saved, and its threads
     may have begun; and where the child fails, dies or stands still for `idle` seconds: what it would raise is then
-    raised here.
+    raised here. With a `room` of so many bytes, which a child may take beside what both have, this process calls only
+    what raises something else than a want of memory.
+
+    Raises:
+        NoRoomError: The child died, stood still or got no memory within its room.
     """
     possible = sys.platform == "linux" and brings not in sys.modules
-    found = _of_child(call, idle) if possible else None
+    found = _of_child(call, idle, room) if possible else None
     return call() if found is None else found[0]
 
 
-def _of_child(call: Callable[[], Any], idle: float) -> tuple[Any] | None:
-    """What the call gives in a child; None where that fails."""
+def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[Any] | None:
+    """What the call gives in a child; None where that fails.
+
+    Raises:
+        NoRoomError: It fails within a room, and not by what the call does.
+    """
     ours, theirs = os.pipe()
     parent = os.getpid()
     try:
@@ -44,9 +57,11 @@ def _of_child(call: Callable[[], Any], idle: float) -> tuple[Any] | None:
     except OSError:  # no room for a process
         os.close(ours)
         os.close(theirs)
+        if room is not None:
+            raise NoRoomError from None
         return None
     if child == 0:
-        _work(call, theirs, parent)
+        _work(call, theirs, parent, room)
     os.close(theirs)
     answer = None
     try:
@@ -56,25 +71,43 @@ def _of_child(call: Callable[[], Any], idle: float) -> tuple[Any] | None:
         if answer is None:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    return (pickle.loads(answer),) if answer and not status else None  # noqa: S301 (this process wrote it)
+    if answer and not status:
+        return (pickle.loads(answer),)  # noqa: S301 (this process wrote it)
+    if room is not None and os.waitstatus_to_exitcode(status) != _RAISED:
+        raise NoRoomError
+    return None
 
 
-def _work(call: Callable[[], Any], to: int, parent: int) -> None:
+def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> None:
     """Call, write what it gives, and end without what a process does at its end: that is the parent's to do."""
-    code = 1
+    code = _RAISED
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         # With its parent it ends, whose locks it has too.
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == parent:
+            if room is not None:
+                _hold(room)
             with os.fdopen(to, "wb") as file:
                 file.write(pickle.dumps(call()))
             code = 0
+    except (MemoryError, OSError, ImportError):  # a library that cannot be mapped is one that cannot be imported
+        code = _NO_MEMORY
     except BaseException:  # noqa: BLE001, S110 (the parent calls, and tells what is raised)
         pass
     finally:
         os._exit(code)
+
+
+def _hold(room: int) -> None:
+    """Let this process map so many bytes more that it may write to."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    mapped = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (mapped + room, hard))
 
 
 def _read(source: int, child: int, idle: float) -> bytes | None:

@@ -135,6 +135,18 @@ def held_now() -> bool:
     return _limit is not None
 
 
+def room_beside() -> int | None:
+    """Bytes that a child may take beside what it shares with this process, where that is held to a bound.
+
+    No limit counts the code of libraries that it brings, which is read from files, nor its copies of shared pages that
+    it writes to: twice what is spared is left for both.
+    """
+    if _limit is None:
+        return None
+    trim()
+    return max(0, _limit.most - 2 * SPARE - allocator.resident())
+
+
 def apart(call: Callable[[], T]) -> T:
     """What a call gives; where this process is held to a bound, computed under it.
 

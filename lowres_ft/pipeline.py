@@ -23,6 +23,7 @@ from lowres_ft import (
     evaluate,
     exhibits,
     files,
+    forked,
     limits,
     page,
     preparing,
@@ -217,9 +218,9 @@ def _reported(
     ready: Ready, measured: Measured, predicted: dict[str, Ragged], base: Ragged | None, listen: Listener
 ) -> dict[str, Any]:
     """What report.json holds, but for what is known once the bundle is written."""
-    scores, baselines = _scores(ready, predicted, base)
+    scores, baselines, untold = _scores(ready, predicted, base)
     task, tokens, train_rows = ready.adapted.task, ready.tokens, ready.rows.train
-    told = [exhibits.untold_temperature(task, predicted), ready.adapted.room.found(ready.plan)]
+    told = [exhibits.untold_temperature(task, predicted), ready.adapted.room.found(ready.plan), untold]
     if baselines and len(train_rows) > task.baseline_rows:
         told.append(f"the baselines saw {task.baseline_rows:,} of {len(train_rows):,} training rows")
     told = [text for text in told if text]
@@ -295,10 +296,10 @@ def _require_same_tokens(folder: Path, ready: Ready) -> None:
 
 def _scores(
     ready: Ready, predicted: dict[str, Ragged], base: Ragged | None
-) -> tuple[dict[str, Scores], dict[str, Baseline]]:
+) -> tuple[dict[str, Scores], dict[str, Baseline], str]:
     """Scores of each held-out split, of a published one also without the texts of train, and the baselines' on test.
 
-    `base` holds the untouched base's outputs on test, where it is a baseline.
+    At last, in words, why baselines are missing. `base` holds the untouched base's outputs on test, where it is one.
     """
     task, tokens = ready.adapted.task, ready.tokens
     train_rows = ready.rows.train
@@ -311,7 +312,10 @@ def _scores(
         if 0 < len(apart) < len(truth):
             scores[f"{name}_without_train_texts"] = evaluate.score(task, truth.take(apart), outputs.take(apart))
     if "test" not in tokens:
-        return scores, {}
+        return scores, {}, ""
     seed, test = ready.recipe.train.seed, tokens["test"]
     found = {} if base is None else {"base": evaluate.baseline(task, test.truth, predicted["test"], base)}
-    return scores, found | evaluate.baselines(task, train_rows, test, predicted["test"], seed)
+    try:
+        return scores, found | evaluate.baselines(task, train_rows, test, predicted["test"], seed), ""
+    except forked.NoRoomError:
+        return scores, found, "the baselines were left out: budget.memory leaves no room for them"

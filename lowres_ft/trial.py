@@ -5,9 +5,10 @@ memory and the seconds that were measured correct what was told. Nothing of it s
 is changed, and no random state is there to be moved.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +33,7 @@ from lowres_ft.train import TrainState
 _SHARE = 0.02  # of a run's time that may go into timing it
 _BRIEF = 3.0  # seconds that may in any case
 _TIMES = 3  # of which the one in the middle counts
+_APART = 1.5  # by which what was told of time may lie from what was measured
 _FIRST = 1.5  # times what others take, that a process's first step may where it takes seconds
 _FASTER = 0.9  # what a finer cut must take of the plan's, so that noise does not decide on the last bits of a result
 _NEAR = 0.1  # how far what was told may lie from what was measured
@@ -144,7 +146,7 @@ def run(
     _evaluated(adapted, tokens, plan)
     timed = _timed(subject, plan, expected, longest, first)
     after = device.peak_bytes(plan.device)
-    found = (expected.pace or pace.UNKNOWN).corrected(timed)
+    found = pace.UNKNOWN.corrected(timed) if expected.pace is None else _corrected(expected.pace, timed)
     told = expected.memory
     peak = after + simulate.held(adapted, recipe).best if told is None else _peak(before, after, told)
     return Trial(peak, expected.course.training(found), found)
@@ -163,6 +165,18 @@ def _peak(before: int, after: int, told: Memory) -> int:
     measured = after + told.later
     near = min(max(told.total, (1 - _NEAR) * measured), (1 + _NEAR) * measured)
     return max(after, round((near + measured) / 2))
+
+
+def _corrected(told: Pace, timed: Sequence[tuple[Sequence[pace.Shape], float]]) -> Pace:
+    """What was told, and what was measured in a moment in which the machine may be slow: the middle of both.
+
+    What was told counts for no more than a factor beside what was measured.
+    """
+    found = []
+    for several, seconds in timed:
+        near = min(max(sum(map(told.seconds, several)), seconds / _APART), seconds * _APART)
+        found.append((several, math.sqrt(seconds * near)))
+    return told.corrected(found)
 
 
 def _timed(

@@ -46,6 +46,28 @@ def test_where_a_child_fails_the_process_calls(fail):
 
 
 @LINUX
+@pytest.mark.parametrize(
+    "fail",
+    [
+        pytest.param(lambda: bytearray(200 * 2**20), id="takes too much"),
+        pytest.param(lambda: os.kill(os.getpid(), signal.SIGSEGV), id="dies as native code does"),
+        pytest.param(lambda: time.sleep(60), id="hangs"),
+    ],
+)
+def test_within_a_room_the_process_does_not_call_what_a_child_could_not(fail):
+    ours = os.getpid()
+    with pytest.raises(forked.NoRoomError):
+        forked.result(lambda: fail() if os.getpid() != ours else None, NOWHERE, idle=0.5, room=50 * 2**20)
+
+
+@LINUX
+def test_what_fits_into_a_room_is_computed_and_what_a_call_raises_is_raised():
+    assert forked.result(lambda: len(bytearray(20 * 2**20)), NOWHERE, room=100 * 2**20) == 20 * 2**20
+    with pytest.raises(ZeroDivisionError):
+        forked.result(lambda: 1 // 0, NOWHERE, room=100 * 2**20)
+
+
+@LINUX
 def test_what_cannot_be_pickled_is_made_here():
     assert forked.result(lambda: lambda: 3, NOWHERE)() == 3
 

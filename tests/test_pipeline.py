@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lowres_ft import data, device, limits, pipeline
+from lowres_ft import data, device, forked, limits, pipeline
 from lowres_ft.bundle import Bundle
 from lowres_ft.errors import BundleError, DataError, ModelError, OutputError, TrainingError
 from lowres_ft.events import Evaluated, Event, Note, Trained
@@ -223,3 +223,20 @@ def test_two_processes_do_the_same_experiment_as_one(bases: Bases, reviews: Path
     weights = [read_adapter(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both")]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).abs().max() < 1e-4, name
+
+
+def test_what_a_bound_leaves_no_room_for_is_left_out_and_told(
+    bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object, room: int | None, **__: object) -> None:
+        assert room is None or room >= 0
+        raise forked.NoRoomError
+
+    monkeypatch.setattr(forked, "result", full)
+    wanted = recipe(bases(), reviews, "train.steps=2")
+    report = json.loads((run(wanted, tmp_path / "out", device_name="cpu").folder / "report.json").read_bytes())
+    assert report["baselines"] == {}
+    assert "the baselines were left out: budget.memory leaves no room for them" in report["notes"]
+    looked = [note for note in report["notes"] if "leaves no room to look for" in note]
+    assert len(looked) == 1
+    assert "mislabelled" in looked[0]

@@ -328,6 +328,14 @@ def test_steps_are_timed_as_far_as_there_is_time(
     assert {shapes[0][0]: seconds for shapes, seconds in timed} == pytest.approx(found)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "found"), [(1.21, 1.1), (1.0, 1.0), (4.0, 4.0 / 1.5**0.5), (0.25, 0.25 * 1.5**0.5)]
+)
+def test_time_is_between_what_was_told_and_what_was_measured(seconds: float, found: float):
+    told = Pace(start=0.0, token=0.01, pair=0.0, link=0.0, update=0.0, evaluation=1.0)
+    assert trial._corrected(told, [([(10, 10)], seconds)]).seconds((10, 10)) == pytest.approx(found)
+
+
 def test_a_long_run_has_more_time_for_it(monkeypatch: pytest.MonkeyPatch):
     done = []
 
