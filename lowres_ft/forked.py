@@ -4,6 +4,7 @@ The child is forked and has what this process has, but none of its threads. So i
 neither PyTorch nor tokenizers, whose pools of threads may have begun.
 """
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -19,11 +20,11 @@ from typing import Any
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _IDLE = 10.0  # seconds; a child that computes nothing for so long is taken to hang
 _CHUNK = 2**16
-_RAISED, _NO_MEMORY = 1, 2  # how a child ends
+_SAID = 200  # characters of an error
 
 
 class NoRoomError(Exception):
-    """What this process may take leaves too little for a child."""
+    """A child failed within its room; it says by what, where it could."""
 
 
 def result(call: Callable[[], Any], brings: str, idle: float = _IDLE, *, room: int | None = None) -> Any:
@@ -31,11 +32,11 @@ def result(call: Callable[[], Any], brings: str, idle: float = _IDLE, *, room: i
 
     That is so off Linux; where the library that it `brings` is here already, so that nothing is saved, and its threads
     may have begun; and where the child fails, dies or stands still for `idle` seconds: what it would raise is then
-    raised here. With a `room` of so many bytes, which a child may take beside what both have, this process calls only
-    what raises something else than a want of memory.
+    raised here. With a `room` of so many bytes, which a child may take beside what both have, a call that fails there
+    is not made here, where it would take as much: libraries that get no memory raise whatever they do.
 
     Raises:
-        NoRoomError: The child died, stood still or got no memory within its room.
+        NoRoomError: The child failed within its room.
     """
     possible = sys.platform == "linux" and brings not in sys.modules
     found = _of_child(call, idle, room) if possible else None
@@ -46,7 +47,7 @@ def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[A
     """What the call gives in a child; None where that fails.
 
     Raises:
-        NoRoomError: It fails within a room, and not by what the call does.
+        NoRoomError: That is so, within a room.
     """
     ours, theirs = os.pipe()
     parent = os.getpid()
@@ -58,7 +59,7 @@ def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[A
         os.close(ours)
         os.close(theirs)
         if room is not None:
-            raise NoRoomError from None
+            raise NoRoomError("there is none for a process") from None
         return None
     if child == 0:
         _work(call, theirs, parent, room)
@@ -73,14 +74,14 @@ def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[A
         _, status = os.waitpid(child, 0)
     if answer and not status:
         return (pickle.loads(answer),)  # noqa: S301 (this process wrote it)
-    if room is not None and os.waitstatus_to_exitcode(status) != _RAISED:
-        raise NoRoomError
+    if room is not None:
+        raise NoRoomError(answer.decode(errors="replace") if answer else "it died, or stood still")
     return None
 
 
 def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> None:
     """Call, write what it gives, and end without what a process does at its end: that is the parent's to do."""
-    code = _RAISED
+    code = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -89,13 +90,14 @@ def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> No
         if os.getppid() == parent:
             if room is not None:
                 _hold(room)
+            answer = pickle.dumps(call())
             with os.fdopen(to, "wb") as file:
-                file.write(pickle.dumps(call()))
+                file.write(answer)
             code = 0
-    except (MemoryError, OSError, ImportError):  # a library that cannot be mapped is one that cannot be imported
-        code = _NO_MEMORY
-    except BaseException:  # noqa: BLE001, S110 (the parent calls, and tells what is raised)
-        pass
+    except BaseException as error:  # noqa: BLE001 (the parent calls, and tells what is raised)
+        if room is not None:
+            with contextlib.suppress(BaseException):
+                os.write(to, repr(error)[:_SAID].encode())
     finally:
         os._exit(code)
 

@@ -317,5 +317,5 @@ def _scores(
     found = {} if base is None else {"base": evaluate.baseline(task, test.truth, predicted["test"], base)}
     try:
         return scores, found | evaluate.baselines(task, train_rows, test, predicted["test"], seed), ""
-    except forked.NoRoomError:
-        return scores, found, "the baselines were left out: budget.memory leaves no room for them"
+    except forked.NoRoomError as error:
+        return scores, found, f"the baselines were left out: budget.memory leaves no room for them ({error})"

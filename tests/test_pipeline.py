@@ -230,13 +230,13 @@ def test_what_a_bound_leaves_no_room_for_is_left_out_and_told(
 ):
     def full(*_: object, room: int | None, **__: object) -> None:
         assert room is None or room >= 0
-        raise forked.NoRoomError
+        raise forked.NoRoomError("MemoryError()")
 
     monkeypatch.setattr(forked, "result", full)
     wanted = recipe(bases(), reviews, "train.steps=2")
     report = json.loads((run(wanted, tmp_path / "out", device_name="cpu").folder / "report.json").read_bytes())
     assert report["baselines"] == {}
-    assert "the baselines were left out: budget.memory leaves no room for them" in report["notes"]
+    assert "the baselines were left out: budget.memory leaves no room for them (MemoryError())" in report["notes"]
     looked = [note for note in report["notes"] if "leaves no room to look for" in note]
     assert len(looked) == 1
     assert "mislabelled" in looked[0]
