@@ -40,7 +40,7 @@ class Outcome:
     killed: bool
     """From outside, above the limit."""
     peak: int
-    """Bytes resident at most, as the system saw it."""
+    """Bytes resident at most, by looks at it and its children every 10 ms."""
     seconds: float
     error: str
     report: dict[str, Any] | None
@@ -74,14 +74,14 @@ def watched(arguments: Sequence[str], most: int | None = None) -> Outcome:
 
 def _held(pid: int) -> int:
     """Bytes that a process has held at most, or holds with its children now if that is more; 0 where it has ended."""
+    alone = 0
     try:
-        family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
         alone = _figure(Path(f"/proc/{pid}/status"), "VmHWM:")
-        if len(family) == 1:
-            return alone
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        family = [pid, *map(int, children)] if children else []
         return max(alone, sum(_figure(Path(f"/proc/{one}/smaps_rollup"), "Pss:") for one in family))
-    except OSError:
-        return 0
+    except OSError:  # one of them ended meanwhile
+        return alone
 
 
 def _figure(path: Path, name: str) -> int:

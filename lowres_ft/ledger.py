@@ -29,9 +29,21 @@ _PUT = {
 }
 _FUNCTIONS = {
     *("softmax", "softmax_backward_data", "log_softmax", "log_softmax_backward_data"),
-    *("gelu", "gelu_backward", "silu", "silu_backward", "elu", "mish"),
-    *("sigmoid", "sigmoid_backward", "tanh", "tanh_backward", "exp", "erf", "sin", "cos", "log", "softplus"),
-    *("native_layer_norm", "native_layer_norm_backward", "native_group_norm"),
+    *("gelu", "gelu_backward", "silu", "silu_backward", "elu", "elu_backward", "mish", "mish_backward"),
+    *(
+        "sigmoid",
+        "sigmoid_backward",
+        "tanh",
+        "tanh_backward",
+        "exp",
+        "erf",
+        "sin",
+        "cos",
+        "log",
+        "softplus",
+        "softplus_backward",
+    ),
+    *("native_layer_norm", "native_layer_norm_backward", "native_group_norm", "native_group_norm_backward"),
     *("where", "masked_fill", "gather", "scatter", "scatter_add", "index_add", "embedding_dense_backward"),
 }
 """Operations in which each number takes time, not only its bytes: many instructions, a choice, a place."""

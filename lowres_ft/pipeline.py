@@ -181,7 +181,7 @@ def _experiment(
         found["experiment"] = digest  # of the recipe as it was given: by it a run that is done is known again
         return _written(changed, found, machine, place)
 
-    return shortage.twice(scored, machine.device, "scoring")  # others have ended: nothing is exchanged any more
+    return shortage.twice(scored, machine.device, "scoring")  # other processes only wait by now
 
 
 def _asked(ready: Ready, machine: Machine, listen: Listener) -> _Asked | None:
@@ -318,4 +318,8 @@ def _scores(
     try:
         return scores, found | evaluate.baselines(task, train_rows, test, predicted["test"], seed), ""
     except forked.NoRoomError as error:
-        return scores, found, f"the baselines were left out: budget.memory leaves no room for them ({error})"
+        return (
+            scores,
+            found,
+            f"the trained baselines were left out: they failed within what budget.memory leaves ({error})",
+        )

@@ -96,7 +96,7 @@ def passing(count: int, rates: Rates) -> float:
 @cache
 def known(machine: Machine) -> Rates:
     """The rates of this machine: measured once in a process, and kept for others where nothing else computed."""
-    what = f"rates {machine.device} by sums"
+    what = f"rates {machine.device} in turns"
     return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device), alone=True))
 
 
@@ -110,9 +110,10 @@ def measured(device: str, each: float = 1.0) -> dict[str, Any]:
     calls = {name: _product(size, getattr(torch, name), device) for name in ("float32", "bfloat16")}
     moves, moved = _sum() if kind == "cpu" else _copy(device)
     least: dict[str, float] = {}
-    for _ in range(_ROUNDS):
+    for turn in range(_ROUNDS):
         for name, call in [*calls.items(), ("moves", moves)]:
-            least[name] = min(least.get(name, math.inf), _best(call, kind, each / _ROUNDS))
+            taken = _best(call, kind, each / _ROUNDS, times=1 if turn else 3)
+            least[name] = min(least.get(name, math.inf), taken)
     bandwidth = moved / least["moves"]
     return {
         "flops": {name: 2.0 * size**3 / least[name] for name in calls},
@@ -153,11 +154,11 @@ def link(device: str) -> float:
     return 4 * _COPIED / _best(lambda: target.copy_(source, non_blocking=True), kind, 0.2)
 
 
-def _best(run: Callable[[], Any], kind: str, most: float) -> float:
-    """Seconds of a call, the least of as many as fit into a time: others may use the device too."""
+def _best(run: Callable[[], Any], kind: str, most: float, times: int = 3) -> float:
+    """Seconds of a call, the least of as many as fit into a time, but for so many: others may use the device too."""
     taken: list[float] = []
     run()
-    while len(taken) < 3 or sum(taken) < most:
+    while len(taken) < times or sum(taken) < most:
         _wait(kind)
         began = time.perf_counter()
         run()

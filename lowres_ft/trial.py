@@ -8,7 +8,7 @@ is changed, and no random state is there to be moved.
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -134,7 +134,7 @@ def _fastest(subject: _Subject, step: np.ndarray, plan: Plan, cuts: list[int]) -
 def run(
     recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine, expected: Expected
 ) -> Trial:
-    """Take what needs most memory once, and time it where the run is long enough to be worth it.
+    """Take what needs most memory once, and time some steps as far as a run is worth it.
 
     Raises:
         OutOfMemoryError: One sequence alone does not fit.
@@ -146,7 +146,7 @@ def run(
     _evaluated(adapted, tokens, plan)
     timed = _timed(subject, plan, expected, longest, first)
     after = device.peak_bytes(plan.device)
-    found = pace.UNKNOWN.corrected(timed) if expected.pace is None else _corrected(expected.pace, timed)
+    found = (expected.pace or pace.UNKNOWN).corrected(timed)
     told = expected.memory
     peak = after + simulate.held(adapted, recipe).best if told is None else _peak(before, after, told)
     return Trial(peak, expected.course.training(found), found)
@@ -167,16 +167,14 @@ def _peak(before: int, after: int, told: Memory) -> int:
     return max(after, round((near + measured) / 2))
 
 
-def _corrected(told: Pace, timed: Sequence[tuple[Sequence[pace.Shape], float]]) -> Pace:
-    """What was told, and what was measured in a moment in which the machine may be slow: the middle of both.
+def _between(seconds: float, told: float | None) -> float:
+    """The middle of what was measured, in a moment in which a machine may be slow, and of what was told of it.
 
-    What was told counts for no more than a factor beside what was measured.
+    What was told counts for no more than a factor beside.
     """
-    found = []
-    for several, seconds in timed:
-        near = min(max(sum(map(told.seconds, several)), seconds / _APART), seconds * _APART)
-        found.append((several, math.sqrt(seconds * near)))
-    return told.corrected(found)
+    if told is None:
+        return seconds
+    return math.sqrt(seconds * min(max(told, seconds / _APART), seconds * _APART))
 
 
 def _timed(
@@ -185,24 +183,32 @@ def _timed(
     """Micro-batches and their seconds, of a step in the middle and of the longest as far as there is time for them.
 
     The first step of a shape takes longer than others, as kernels and memory are made ready: so each is timed the
-    second time. Where there is no time for that, `first`, which is the process's, bounds what was told.
+    second time. Where there is no time for that, what was told is bounded by `first`, which is the process's.
     """
     typical = subject.typical()
     parts = [subject.shapes(step, plan) for step in (longest, typical)]
-    told = [first if expected.pace is None else sum(map(expected.pace.seconds, part)) for part in parts]
+    known = expected.pace
+    told = [None if known is None else sum(map(known.seconds, part)) for part in parts]
+    share = 1.0 if told[0] is None or told[1] is None else told[1] / told[0]
     most = max(_BRIEF, _SHARE * (expected.seconds or expected.course.steps * first))
-    if 2 * first * told[1] / told[0] > most:
+    if 2 * first * share > most:
         again = first <= most
-        return [(parts[0], subject.step(longest, plan) if again else min(max(told[0], first / _FIRST), first))]
+        return [(parts[0], _between(subject.step(longest, plan), told[0]) if again else _bounded(told[0], first, plan))]
     ends = time.perf_counter() + most
     subject.step(typical, plan)
     taken = [subject.step(typical, plan)]
     while len(taken) < _TIMES and time.perf_counter() + taken[-1] < ends:
         taken.append(subject.step(typical, plan))
-    timed = [(parts[1], statistics.median(taken))]
-    if time.perf_counter() + first < ends:
-        timed.append((parts[0], subject.step(longest, plan)))
+    timed = [(parts[1], _between(statistics.median(taken), told[1]))]
+    if sorted(parts[0]) != sorted(parts[1]) and time.perf_counter() + first < ends:
+        timed.append((parts[0], _between(subject.step(longest, plan), told[0])))
     return timed
+
+
+def _bounded(told: float | None, first: float, plan: Plan) -> float:
+    """What was told of a step of which the first one took so long; a GPU's may take many times what others do."""
+    least = first / _FIRST if plan.device == "cpu" and plan.offload == "none" else 0.0
+    return first if told is None else min(max(told, least), first)
 
 
 def _subject(recipe: Recipe, adapted: Adapted, tokens: Mapping[str, Tokens], plan: Plan, machine: Machine) -> _Subject:

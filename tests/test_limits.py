@@ -121,7 +121,6 @@ def test_an_interrupt_waits_until_what_computes_has_ended(where, told):
 
 
 @linux
-@linux
 def test_a_child_has_what_a_bound_leaves_beside_this_process(monkeypatch):
     assert limits.room_beside() is None
     monkeypatch.setattr(limits.allocator, "resident", lambda: 500 * 2**20)
@@ -130,6 +129,7 @@ def test_a_child_has_what_a_bound_leaves_beside_this_process(monkeypatch):
         assert limits.room_beside() == room * 2**20
 
 
+@linux
 def test_a_bound_within_another_leaves_that_one(monkeypatch):
     monkeypatch.setattr(limits.Limit, "now", classmethod(lambda cls, most: cls(most)))
     with limits.held(2 << 30, "cpu", unheard):

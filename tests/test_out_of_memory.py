@@ -93,13 +93,13 @@ def test_fifty_errors_at_random_places_leave_losses_and_adapter(wanted, tmp_path
         assert_same(tensors, expected)
 
 
-def test_errors_in_any_part_of_a_run_leave_the_result_or_end_in_one_error(wanted, tmp_path):
+def test_one_error_in_any_part_of_a_run_leaves_the_result(wanted, tmp_path):
     """Loading, scoring and the look at what was written, too; `python -m tests.shortages` does 50."""
     disturbed, chance = Disturbed(wanted, tmp_path), random.Random(7)
     assert {"loading", "trying", "training", "scoring", "comparing"} <= disturbed.parts.keys()
     for number, (part, operations) in enumerate(disturbed.parts.items()):
         came = disturbed.outcome(str(number), {chance.choice(operations)}, KINDS[number % len(KINDS)])
-        assert not came.startswith("wrong"), f"{part}: {came}"
+        assert came == "the same", f"{part}: {came}"
 
 
 def test_a_step_is_done_again_in_smaller_micro_batches_and_that_is_told_once(

@@ -229,14 +229,16 @@ def test_what_a_bound_leaves_no_room_for_is_left_out_and_told(
     bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*_: object, room: int | None, **__: object) -> None:
-        assert room is None or room >= 0
+        assert room == 7
         raise forked.NoRoomError("MemoryError()")
 
     monkeypatch.setattr(forked, "result", full)
+    monkeypatch.setattr(limits, "room_beside", lambda: 7)
     wanted = recipe(bases(), reviews, "train.steps=2")
     report = json.loads((run(wanted, tmp_path / "out", device_name="cpu").folder / "report.json").read_bytes())
     assert report["baselines"] == {}
-    assert "the baselines were left out: budget.memory leaves no room for them (MemoryError())" in report["notes"]
-    looked = [note for note in report["notes"] if "leaves no room to look for" in note]
+    left = "the trained baselines were left out: they failed within what budget.memory leaves (MemoryError())"
+    assert left in report["notes"]
+    looked = [note for note in report["notes"] if "failed within what budget.memory leaves" in note and note != left]
     assert len(looked) == 1
     assert "mislabelled" in looked[0]

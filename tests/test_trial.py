@@ -292,25 +292,33 @@ def test_paces_of_accounts_add_up(bases: Bases, reviews: Path, tmp_path: Path):
     assert found.seconds((8, 64)) == pytest.approx(told[0], rel=0.3)
 
 
+FAR = 1.5**0.5  # what was told counts for no more than half as much again
+
+
 @pytest.mark.parametrize(
-    ("first", "typical", "asked", "found"),
+    ("told", "first", "typical", "asked", "found"),
     [
-        (0.6, [0.3, 0.4, 0.2, 0.25], "typical typical typical typical longest", {"typical": 0.25, "longest": 0.5}),
-        (1.4, [0.9, 1.1], "typical typical", {"typical": 1.1}),  # no other ends within 3 s
-        (2.5, [], "longest", {"longest": 0.5}),
-        (4.0, [], "", {"longest": 4.0 / 1.5}),  # told is too short
-        (3.1, [], "", {"longest": 3.1}),  # told is too long
+        ((2, 1), 0.6, (0.3, 0.4, 0.2, 0.25), "t t t t l", {"t": 0.25 * FAR, "l": 0.5 * FAR}),
+        ((2, 1), 2.4, (0.9, 1.1), "t t", {"t": 1.1**0.5}),  # no other ends within 3 s
+        ((2, 2), 2.5, (), "l", {"l": 0.5 * FAR}),
+        ((2, 1), 3.3, (), "", {"l": 3.3 / 1.5}),  # told is too short
+        ((4, 3), 3.1, (), "", {"l": 3.1}),  # told is too long
     ],
 )
 def test_steps_are_timed_as_far_as_there_is_time(
-    monkeypatch: pytest.MonkeyPatch, first: float, typical: list[float], asked: str, found: dict[str, float]
+    monkeypatch: pytest.MonkeyPatch,
+    told: tuple[int, int],
+    first: float,
+    typical: tuple[float, ...],
+    asked: str,
+    found: dict[str, float],
 ):
-    """Within three seconds of a short run; a step is told to take 2 s, or 4 where its first one takes 3.1."""
+    """Within three seconds of a short run; what counts is in the middle of what was told and what was measured."""
     now, done = [0.0], []
-    taken = {"typical": iter(typical), "longest": iter([0.5])}
+    taken = {"t": iter(typical), "l": iter([0.5])}
 
     class Subject:
-        typical = staticmethod(lambda: "typical")
+        typical = staticmethod(lambda: "t")
         shapes = staticmethod(lambda step, _: ((step, 1),))
 
         def step(self, step: str, _: object) -> float:
@@ -318,22 +326,33 @@ def test_steps_are_timed_as_far_as_there_is_time(
             now[0] += (seconds := next(taken[step]))
             return seconds
 
-    class Told:
-        seconds = staticmethod(lambda _: 4.0 if first == 3.1 else 2.0)
-
     monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
-    expected = SimpleNamespace(pace=Told, seconds=20.0)
-    timed = trial._timed(Subject(), None, expected, "longest", first)  # type: ignore[arg-type]
+    known = SimpleNamespace(seconds=lambda shape: dict(zip("lt", told, strict=True))[shape[0]])
+    expected, plan = SimpleNamespace(pace=known, seconds=20.0), SimpleNamespace(device="cpu", offload="none")
+    timed = trial._timed(Subject(), plan, expected, "l", first)  # type: ignore[arg-type]
     assert done == asked.split()
     assert {shapes[0][0]: seconds for shapes, seconds in timed} == pytest.approx(found)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "found"), [(1.21, 1.1), (1.0, 1.0), (4.0, 4.0 / 1.5**0.5), (0.25, 0.25 * 1.5**0.5)]
+    ("device", "offload", "found"), [("cpu", "none", 6.0), ("cuda", "none", 2.0), ("cpu", "layers", 2.0)]
 )
-def test_time_is_between_what_was_told_and_what_was_measured(seconds: float, found: float):
-    told = Pace(start=0.0, token=0.01, pair=0.0, link=0.0, update=0.0, evaluation=1.0)
-    assert trial._corrected(told, [([(10, 10)], seconds)]).seconds((10, 10)) == pytest.approx(found)
+def test_a_first_step_bounds_what_was_told_from_below_where_nothing_else_is_waited_for(
+    device: str, offload: str, found: float
+):
+    plan = SimpleNamespace(device=device, offload=offload)
+    assert trial._bounded(2.0, 9.0, plan) == found  # type: ignore[arg-type]
+    assert trial._bounded(None, 9.0, plan) == 9.0  # type: ignore[arg-type]
+
+
+def test_of_steps_of_the_same_shapes_the_one_in_the_middle_counts():
+    done = []
+    subject = SimpleNamespace(
+        typical=lambda: "t", shapes=lambda *_: ((8, 32),), step=lambda step, _: done.append(step) or 0.1
+    )
+    expected = SimpleNamespace(pace=None, seconds=None, course=SimpleNamespace(steps=10))
+    assert trial._timed(subject, None, expected, "l", 0.1) == [(((8, 32),), 0.1)]  # type: ignore[arg-type]
+    assert set(done) == {"t"}
 
 
 def test_a_long_run_has_more_time_for_it(monkeypatch: pytest.MonkeyPatch):
