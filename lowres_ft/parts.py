@@ -119,8 +119,8 @@ class BudgetSpec(Spec):
     the plan, which does so where nothing else fits into `memory`."""
 
     probe: bool = True
-    """Take the longest micro-batches and a batch of evaluation once before the first step: what does not fit shows
-    then, and memory and time are told by what was measured."""
+    """Take the longest micro-batches, a batch of evaluation and some steps before the first one: what does not fit
+    shows then, and memory and time are told by what was measured too."""
 
     @field_validator("memory")
     @classmethod
