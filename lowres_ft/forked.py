@@ -32,8 +32,8 @@ def result(call: Callable[[], Any], brings: str, idle: float = _IDLE, *, room: i
 
     That is so off Linux; where the library that it `brings` is here already, so that nothing is saved, and its threads
     may have begun; and where the child fails, dies or stands still for `idle` seconds: what it would raise is then
-    raised here. With a `room` of so many bytes, which a child may take beside what both have, a call that fails there
-    is not made here, where it would take as much: libraries that get no memory raise whatever they do.
+    raised here. With a `room`, the bytes that a child may map and write to (RLIMIT_DATA), a call that fails there is
+    not made here, where it would take as much: libraries that get no memory raise whatever they do.
 
     Raises:
         NoRoomError: The child failed within its room.
@@ -102,14 +102,11 @@ def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> No
         os._exit(code)
 
 
-def _hold(room: int) -> None:
-    """Let this process map so many bytes more that it may write to."""
+def _hold(data: int) -> None:
+    """Let this process map so many bytes that it may write to."""
     import resource
 
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    mapped = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (mapped + room, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _read(source: int, child: int, idle: float) -> bytes | None:

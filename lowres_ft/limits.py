@@ -136,7 +136,7 @@ def held_now() -> bool:
 
 
 def room_beside() -> int | None:
-    """Bytes that a child may take beside what it shares with this process, where that is held to a bound.
+    """RLIMIT_DATA of a child that takes, beside what both share, what a bound of this process leaves; None without one.
 
     No limit counts the code of libraries that it brings, which is read from files, nor its copies of shared pages that
     it writes to: twice what is spared is left for both.
@@ -144,7 +144,7 @@ def room_beside() -> int | None:
     if _limit is None:
         return None
     trim()
-    return max(0, _limit.most - 2 * SPARE - allocator.resident())
+    return Limit(_limit.most - 2 * SPARE).data
 
 
 def apart(call: Callable[[], T]) -> T:

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from lowres_ft import forked
+from lowres_ft import forked, limits
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process calls by itself")
 NOWHERE = "nowhere"  # a library that nobody has
+
+
+def room(mib: int) -> int:
+    """What a child may map which takes so many MiB more than this process."""
+    return limits._taken()["VmData"] + mib * 2**20
 
 
 @LINUX
@@ -59,12 +64,12 @@ def test_where_a_child_fails_the_process_calls(fail):
 def test_within_a_room_the_process_does_not_call_what_a_child_could_not(fail, told):
     ours = os.getpid()
     with pytest.raises(forked.NoRoomError, match=re.escape(told)):
-        forked.result(lambda: fail() if os.getpid() != ours else None, NOWHERE, idle=0.5, room=50 * 2**20)
+        forked.result(lambda: fail() if os.getpid() != ours else None, NOWHERE, idle=0.5, room=room(50))
 
 
 @LINUX
 def test_what_fits_into_a_room_is_computed():
-    assert forked.result(lambda: len(bytearray(20 * 2**20)), NOWHERE, room=100 * 2**20) == 20 * 2**20
+    assert forked.result(lambda: len(bytearray(20 * 2**20)), NOWHERE, room=room(100)) == 20 * 2**20
 
 
 @LINUX
@@ -105,7 +110,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path):
     code = f"""
 import os, time
 from pathlib import Path
-from lowres_ft import forked
+from lowres_ft import forked, limits
 place = Path({str(place)!r})
 forked.result(lambda: (place.with_suffix(".new").write_text(str(os.getpid())),
                        place.with_suffix(".new").rename(place), time.sleep(60)), "nowhere")
