@@ -6,10 +6,8 @@ None of it changes the result beyond rounding. What would change it, such as qua
 say: an error lists what each such change saves.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from lowres_ft import bases, changes, device, limits, memory, profiles, shortage
 from lowres_ft import plan as made
@@ -29,22 +27,12 @@ Needs = Callable[[Recipe, Plan], int]
 Shapes = Callable[[Recipe, Plan], Sequence[Shape]]
 """The micro-batches into which a plan cuts a recipe's rows; none where the rows are not known."""
 FEW_TOKENS = 256  # of a micro-batch, below which products get slow and little is saved
-_SHORTEST = 16  # tokens: texts cut to fewer say little
 _NEARLY = 1.1  # times what a run may take
-_LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
 
 
 def unknown(*_: object) -> Sequence[Shape]:
     """Of rows that were not read: texts are as long as the recipe lets them be."""
     return ()
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change of the recipe by which a run takes less."""
-
-    change: str
-    saves: int
 
 
 def room(recipe: Recipe, machine: Machine) -> int | None:
@@ -139,67 +127,16 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
             if needs(recipe, one) <= most:
                 return one
 
-    def frugal(changed: Recipe, _: Plan) -> int:
+    def frugal(changed: Recipe) -> int:
         *_others, by = plans(changed, _by(changed, plan), profile)
         return needs(changed, by)
 
-    listed = _listed(remedies(recipe, last, least, frugal))
-    told = _together(*together(recipe, last, least, most, frugal), most)
+    fewer = changes.Ways(last.dtype, last.device, frugal)
+    told = f"{fewer.listed(recipe, least)}; {fewer.together(recipe, least, most).told(most)}".strip("; ")
     raise ModelError(
         f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}",
-        hint="; ".join(text for text in (listed, told) if text) or "Use a smaller base.",
+        hint=told or "Use a smaller base.",
     )
-
-
-def together(recipe: Recipe, plan: Plan, now: int, most: int, needs: Needs) -> tuple[tuple[str, ...], int]:
-    """Changes that bring a recipe from `now` bytes to `most`, those that save most first; and what it needs so.
-
-    Where no changes do, all that are worth it. What a change saved before others were made is taken for the most that
-    it can save: it is accounted for again when none is known to save more.
-    """
-    chosen: dict[str, str] = {}
-    savings: dict[str, float] = {}
-    while now > most and (found := _best(recipe, plan, now, savings, needs)) is not None:
-        now, change, recipe = found
-        chosen[change.partition("=")[0]] = change
-    return tuple(chosen.values()), now
-
-
-def _best(
-    recipe: Recipe, plan: Plan, now: int, savings: dict[str, float], needs: Needs
-) -> tuple[int, str, Recipe] | None:
-    """What a recipe that needs `now` bytes needs after the change that saves most, that change, and the recipe so.
-
-    `savings` is what each change saved when it was last accounted for. None where no change is worth it.
-    """
-    every = changes.frugal(recipe, plan.dtype, plan.device)
-    several = {change: changed for change, changed in every if changed.task.max_length >= _SHORTEST}
-    looked: dict[str, int] = {}
-    while several:
-        change = max(several, key=lambda one: savings.get(one, math.inf))
-        if savings.get(change, math.inf) < _LEAST_SAVED:
-            return None
-        if change in looked:
-            return looked[change], change, several[change]
-        try:
-            looked[change] = needs(several[change], _by(several[change], plan))
-            savings[change] = now - looked[change]
-        except LowresError:  # it cannot be on this base
-            del several[change]
-    return None
-
-
-def _together(changes: Sequence[str], needed: int, most: int) -> str:
-    """What `together` found, in words."""
-    if not changes:
-        return ""
-    which = "all of it together" if needed > most else "together" if len(changes) > 1 else "alone"
-    told = f"{' '.join(changes)} {which} makes it {show_bytes(needed)}"
-    return f"{told}, which is still too much: use a smaller base" if needed > most else f"{told}, which fits"
-
-
-def _listed(found: Sequence[Remedy]) -> str:
-    return "; ".join(f"{one.change} saves {show_bytes(one.saves)}" for one in found)
 
 
 def advice(recipe: Recipe, machine: Machine) -> str:
@@ -210,10 +147,10 @@ def advice(recipe: Recipe, machine: Machine) -> str:
         profile = profiles.profile(base, recipe.task)
         needs = Accounts(base, profile).bytes
         *_, last = plans(recipe, made.make(recipe, profile, machine), profile)
-        found = remedies(recipe, last, needs(recipe, last), needs)
+        listed = ways(last, needs).listed(recipe, needs(recipe, last))
     except (LowresError, MemoryError, RuntimeError):  # there is no memory even for that
         return other
-    return _listed(found) or other
+    return listed or other
 
 
 def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
@@ -237,20 +174,9 @@ def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:
         yield plan.model_copy(update={"offload": "layers"})
 
 
-def remedies(recipe: Recipe, plan: Plan, now: int, needs: Needs) -> list[Remedy]:
-    """Changes of a recipe that needs so many bytes `now`, by what each saves on its own, most first."""
-    found = [Remedy(change, now - needed) for needed, change in _needed(recipe, plan, needs) if needed < now]
-    return sorted(found, key=lambda remedy: -remedy.saves)
-
-
-def _needed(recipe: Recipe, plan: Plan, needs: Needs) -> Iterator[tuple[int, str]]:
-    """Yield what a recipe needs after each change by itself, and the change."""
-    for change, changed in changes.frugal(recipe, plan.dtype, plan.device):
-        try:
-            needed = needs(changed, _by(changed, plan))
-        except LowresError:  # it cannot be on this base
-            continue
-        yield needed, change
+def ways(plan: Plan, needs: Needs) -> changes.Ways:
+    """Changes of a recipe by which a run takes less by a plan."""
+    return changes.Ways(plan.dtype, plan.device, lambda changed: needs(changed, _by(changed, plan)))
 
 
 def _by(recipe: Recipe, plan: Plan) -> Plan:

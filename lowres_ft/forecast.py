@@ -12,6 +12,7 @@ from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.budget import Accounts
 from lowres_ft.catalogue import Entry
+from lowres_ft.changes import Remedy
 from lowres_ft.device import Machine
 from lowres_ft.memory import Memory
 from lowres_ft.plan import Plan
@@ -48,7 +49,7 @@ class Forecast:
     step_seconds: float
     """Of a step of texts as long as the recipe lets them be."""
     tokens_per_second: float
-    remedies: tuple[budget.Remedy, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
     """Where it does not fit: what changes of the recipe would save."""
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def forecast(recipe: Recipe, accounts: Accounts, target: Target, *, remedies: bo
     needed, done = accounts.of(recipe, plan)
     fits = accounts.bytes(recipe, plan) <= target.memory
     listed = remedies and not fits
-    left = budget.remedies(recipe, plan, accounts.bytes(recipe, plan), accounts.bytes) if listed else []
+    left = budget.ways(plan, accounts.bytes).remedies(recipe, accounts.bytes(recipe, plan)) if listed else []
     rows, width = done.rows, done.width
     taken = speed.seconds(done.training, plan.dtype, target.rates, speed.share(recipe, target.machine.kind))
     taken = max(taken, speed.passing(done.held.passing, target.rates))  # layers come while others compute

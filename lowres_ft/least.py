@@ -2,7 +2,8 @@
 
 Libraries take what was fitted. Weights take what the headers of their files say, in the form in which a recipe lets
 them be held by a processor: those of words, and where layers cannot pass through room for two of them, those of layers.
-Nothing is counted that some plan could do without, so that no run is refused here which could be told to fit.
+What is trained comes with its gradient, the optimizer's moments and a copy of the best step. Activations and logits are
+not counted, nor is anything that some plan could do without, so that no run is refused here which could be told to fit.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from lowres_ft import assets, bases, changes, foreign, limits, tables
 from lowres_ft.errors import LowresError, ModelError
+from lowres_ft.methods.base import Method
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import parse_bytes, show_bytes
 
@@ -24,9 +26,11 @@ _SINGLE = 4  # bytes of a weight in fp32
 _LAYER = re.compile(r"\.\d+\.")
 _WORDS = re.compile(r"embed|\bw[tp]e\b")
 _OTHER = re.compile(r"vision|visual|audio|image")  # parts that a model of texts may leave out
+_NO_LINEAR = re.compile(r"expert|router|gate\.weight|norm|bias|posi|conv")  # or held otherwise by some models
 _CODE = {"int8": 1.0, "nf4": 0.5}  # bytes of a quantized weight, its scales left out
 _GRADIENT = 4  # bytes, in fp32
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}
+_BESIDE = 1.05  # times what is counted here, that a small run takes
 
 
 def libraries(device: str) -> int:
@@ -68,7 +72,7 @@ def require(recipe: Recipe, device: str = "auto") -> None:
         taken, read, spare = map(show_bytes, (*parts, needed - sum(parts)))
         raise ModelError(
             f"this run needs {show_bytes(needed)} at least, and may take {show_bytes(most)}: libraries take {taken}, "
-            f"weights {read} while they are read, and {spare} are spared",
+            f"weights and what trains them {read}, and {spare} are spared",
             hint=_remedies(weights, recipe, needed, most),
         )
 
@@ -80,14 +84,15 @@ def _bound(recipe: Recipe) -> int | None:
 
 
 def _remedies(weights: "Weights", recipe: Recipe, needed: int, most: int) -> str:
-    """What changes save by themselves, and whether that is enough."""
-    several = changes.frugal(recipe, recipe.model.dtype, "cpu")
-    found = [(needed - weights.needed(changed), change) for change, changed in several]
-    found = sorted((one for one in found if one[0] > 0), reverse=True)
-    listed = "".join(f"{change} saves {show_bytes(saved)}. " for saved, change in found)
-    enough = bool(found) and found[0][0] >= needed - most
-    other = "" if enough else "Use a smaller base, or give it more. "
-    return f"{listed}{other}`lowres-ft plan` tells all that the run needs."
+    """What changes save by themselves, and which of them bring a run well below what it may take."""
+    ways = changes.Ways(recipe.model.dtype, "cpu", weights.needed)
+    within = round(most / _BESIDE)
+    together = ways.together(recipe, needed, within)
+    enough = together.needs <= within
+    told = f"{' '.join(together.changes)}{' together' if len(together.changes) > 1 else ''}" if enough else ""
+    told = f"With {told} it is {show_bytes(together.needs)} at least" if told else "Use a smaller base, or give it more"
+    listed = f"{ways.listed(recipe, needed)}. ".removeprefix(". ")
+    return f"{listed}{told}. `lowres-ft plan` tells all that the run needs."
 
 
 class Weights:
@@ -111,14 +116,31 @@ class Weights:
         return limits.given(libraries("cpu") + self.bytes(recipe), "cpu")
 
     def bytes(self, recipe: Recipe) -> int:
-        """Bytes that weights take at least: the largest while it is read, or what trains all of them."""
+        """Bytes that weights take at least: the largest while it is read, or what trains them or an adapter."""
         needed = [(name, shape) for name, shape in self.shapes.items() if _is_needed(name, recipe)]
-        held = sum(_bytes_each(name, shape, recipe) * prod(shape) for name, shape in needed)
+        best = 0 if recipe.data.validation is None else _SINGLE
+        trains = _SINGLE + _GRADIENT + _MOMENTS[recipe.train.optimizer] + best
         if recipe.method.trains_base:
-            best = 0 if recipe.data.validation is None else _SINGLE  # a copy of the best step
-            return int(held * (1 + (_GRADIENT + _MOMENTS[recipe.train.optimizer] + best) / _SINGLE))
-        stored = (prod(shape) * min(1.0, _bytes_each(name, shape, recipe)) for name, shape in needed)
-        return int(held + FILE_ELEMENT * max(stored, default=0))
+            return trains * sum(prod(shape) for _, shape in needed)
+        held = sum(_bytes_each(name, shape, recipe) * prod(shape) for name, shape in needed)
+        stored = max((prod(shape) * min(1.0, _bytes_each(name, shape, recipe)) for name, shape in needed), default=0)
+        added = self._added(recipe.method)
+        return int(held + max(_SINGLE * added + FILE_ELEMENT * stored, trains * added))
+
+    def _added(self, method: Method) -> int:
+        """Weights of an adapter, as far as names and shapes tell which tensors are linear layers."""
+        found = {name: shape for name, shape in self.shapes.items() if _is_linear(name, shape)}
+        linears = {name.removesuffix(".weight"): shape for name, shape in found.items()}
+        try:
+            chosen = method.choose(list(linears)) if linears else ()
+        except ModelError:  # files may call them otherwise than the model does
+            return 0
+        pairs = [(method.adapter(name), linears[name]) for name in chosen]
+        return sum(
+            min(adapter.parameters(*shape), adapter.parameters(*reversed(shape)))  # files may hold them transposed
+            for adapter, shape in pairs
+            if adapter is not None
+        )
 
 
 def _is_needed(name: str, recipe: Recipe) -> bool:
@@ -129,6 +151,12 @@ def _is_needed(name: str, recipe: Recipe) -> bool:
         return _WORDS.search(name) is not None
     method = recipe.method
     return method.trains_base or method.corrects_quantization or recipe.budget.offload == "none"
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is sure to be the weight of a linear layer in a stack."""
+    inside = _LAYER.search(name) is not None and name.endswith(".weight") and len(shape) == 2
+    return inside and not any(other.search(name) for other in (_OTHER, _WORDS, _NO_LINEAR))
 
 
 def _bytes_each(name: str, shape: tuple[int, ...], recipe: Recipe) -> float:

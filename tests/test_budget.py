@@ -6,6 +6,7 @@ import pytest
 from lowres_ft import bases as base_module
 from lowres_ft import budget, device, least, limits, memory, profiles
 from lowres_ft import plan as plans
+from lowres_ft.changes import Remedy, Together
 from lowres_ft.errors import ModelError, RecipeError
 from lowres_ft.methods.lora import Lora
 from tests import conftest
@@ -127,10 +128,9 @@ def test_where_fp32_computes_bf16_is_a_remedy(said, made):
     def wide(one, by):
         return {"float32": 4, "bfloat16": 2}[by.dtype]
 
-    assert budget.remedies(recipe, plan, 4, wide) == [budget.Remedy("model.dtype=bfloat16", 2)]
-    assert budget.together(recipe, plan, 4 * 10**9, 3 * 10**9, lambda *one: 10**9 * wide(*one))[0] == (
-        "model.dtype=bfloat16",
-    )
+    assert budget.ways(plan, wide).remedies(recipe, 4) == [Remedy("model.dtype=bfloat16", 2)]
+    together = budget.ways(plan, lambda *one: 10**9 * wide(*one)).together(recipe, 4 * 10**9, 3 * 10**9)
+    assert together == Together(("model.dtype=bfloat16",), 2 * 10**9)
 
 
 def test_full_fine_tuning_is_told_of_lora(made):
@@ -139,13 +139,13 @@ def test_full_fine_tuning_is_told_of_lora(made):
     def held(one, _):
         return 10 if isinstance(one.method, Lora) else 100
 
-    assert budget.Remedy("method.kind=lora", 90) in budget.remedies(recipe, plan, 100, held)
+    assert Remedy("method.kind=lora", 90) in budget.ways(plan, held).remedies(recipe, 100)
 
 
 def test_a_change_that_this_base_does_not_take_is_no_remedy(made):
     recipe, base, profile, plan = made()  # of 32 inputs, which blocks of nf4 do not divide
-    told = budget.remedies(recipe, plan, 10**12, lambda one, by: memory.estimate(one, base, profile, by)[0].total)
-    changes = [remedy.change for remedy in told]
+    ways = budget.ways(plan, lambda one, by: memory.estimate(one, base, profile, by)[0].total)
+    changes = [remedy.change for remedy in ways.remedies(recipe, 10**12)]
     assert "model.quantize=int8" in changes
     assert "model.quantize=nf4" not in changes
 
