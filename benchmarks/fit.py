@@ -25,6 +25,7 @@ from scipy.optimize import least_squares, nnls
 from benchmarks.known import Known
 from benchmarks.runs import BOUND, FITTED
 from lowres_ft import allocator, device, files, memory, pace, profiles, simulate, speed, tables
+from lowres_ft.memory import Fitted
 from lowres_ft.pace import Shape
 from lowres_ft.simulate import Account
 from lowres_ft.speed import Rates, Share
@@ -76,14 +77,14 @@ def constants(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
         shared["sixteen"] = round(sixteen)
     found = {}
     for kind, fragmentation in zip(kinds, map(float, kept), strict=True):
-        own = {"fragmentation": round(fragmentation, 3), "growth": _growth(runs, kind, sixteen, fragmentation)}
+        several = [one for one in runs if one.heap == kind]
+        own = {"fragmentation": round(fragmentation, 3), "growth": _growth(several, sixteen, fragmentation)}
         found[kind] = shared | own
     return found
 
 
-def _growth(runs: Sequence[Held], kind: str, sixteen: float, fragmentation: float) -> float:
+def _growth(several: Sequence[Held], sixteen: float, fragmentation: float) -> float:
     """The share of what a kind of heap keeps in pieces that comes after a run's probe, by least squares as above."""
-    several = [one for one in runs if one.heap == kind]
     kept = np.array([(sixteen * (not one.single) + fragmentation * one.in_heap) / one.peak for one in several])
     grown = np.array([one.grown / one.peak for one in several])
     (share,), _ = nnls(kept[:, None], grown)
@@ -170,13 +171,23 @@ def reached(several: Sequence[Seen], start: Share) -> Share:
     return Share(**{name: float(f"{value:.3g}") for name, value in share(found.x).model_dump().items()})
 
 
-def _write_memory(runs: Sequence[Known], bound: Sequence[Known]) -> None:
-    """Write the table of memory: of commands, some of them bound, or of programs whose malloc sets blocks aside."""
-    found = constants([Held.of(known) for known in runs])
-    if bound:
-        found |= constants([Held.of(known) for known in bound])
+def _grown(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
+    """What of `constants` says how much comes after a probe, by the others as the table has them."""
+    found = {}
+    for kind in sorted({one.heap for one in runs}):
+        fitted = Fitted.of(kind)
+        several = [one for one in runs if one.heap == kind]
+        found[kind] = {"growth": _growth(several, fitted.sixteen, fitted.fragmentation)}
+    return found
+
+
+def _write_memory(several: Sequence[Sequence[Known]], *, growth_alone: bool) -> None:
+    """Write the table of memory: of commands and of bound ones, or of programs whose malloc sets blocks aside."""
     table = tables.read("memory")
-    files.write_json(_TABLES / "memory.json", table | {kind: table[kind] | of for kind, of in found.items()})
+    for runs in filter(None, several):
+        found = (_grown if growth_alone else constants)([Held.of(known) for known in runs])
+        table |= {kind: table[kind] | of for kind, of in found.items()}
+    files.write_json(_TABLES / "memory.json", table)
 
 
 def _write_speed(timed: Mapping[str, Sequence[Seen]]) -> None:
@@ -217,8 +228,8 @@ def main() -> None:
     parser.add_argument(
         "--write",
         nargs="*",
-        choices=("memory", "speed"),
-        help="Write the tables by which runs are told, or one of them.",
+        choices=("memory", "growth", "speed"),
+        help="Write the tables by which runs are told, or one of them; of memory's, what comes after a probe alone.",
     )
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="Records of other machines, whose times are fitted too."
@@ -234,8 +245,8 @@ def main() -> None:
     rates = speed.known(device.find("cpu"))
     runs, bound = ([Known.of(run, work) for run in several] for several in (FITTED, () if given.aside else BOUND))
     written = {"memory", "speed"} if given.write == [] else set(given.write or [])
-    if "memory" in written:
-        _write_memory(runs, bound)
+    if written & {"memory", "growth"}:
+        _write_memory((runs, bound), growth_alone="memory" not in written)
     if "speed" in written:
         others = [json.loads(path.read_bytes()) for path in given.beside]
         kinds = {"aside": runs} if given.aside else {"cpu": runs, "bound": bound}

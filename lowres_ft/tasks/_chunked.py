@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     After = Callable[[Tensor], Tensor]
 
-LOGITS = {"cpu": 2**24, "mps": 2**24, "cuda": 2**26}
+LOGITS = {"cpu": 2**23, "mps": 2**23, "cuda": 2**26}
 """Logits that stand in memory at once, a few times over."""
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
