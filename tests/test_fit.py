@@ -32,6 +32,24 @@ def test_constants_of_memory_are_found():
     assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
 
 
+def test_what_comes_after_a_probe_is_found_by_itself(monkeypatch):
+    table = {
+        "heap": {"libraries": 440e6, "sixteen": 30e6, "fragmentation": 0.5, "growth": 0.9},
+        "bound": {"libraries": 450e6, "sixteen": 0, "fragmentation": 1.0, "growth": 0.9},
+        "cuda": {"libraries": 500e6, "sixteen": 0, "fragmentation": 0.1},
+    }
+    written = {}
+    monkeypatch.setattr(fit.tables, "read", lambda _: dict(table))
+    monkeypatch.setattr(fit.files, "write_json", lambda path, found: written.update({path.name: found}))
+    monkeypatch.setattr(Held, "of", lambda run: run)
+    runs = [held(100, "heap", single=False, peak=600, tensors=80, grown=16)]  # of 30 + 50
+    bound = [held(100, "bound", single=True, peak=600, tensors=80, grown=5)]
+    fit._write_memory((runs, bound), growth_alone=True)
+    assert written == {
+        "memory.json": table | {"heap": table["heap"] | {"growth": 0.2}, "bound": table["bound"] | {"growth": 0.05}}
+    }
+
+
 def test_the_share_that_a_processor_reaches_is_found():
     rates = Rates(flops={"float32": 1e11}, bandwidth=1e10, link=1e9)
 

@@ -14,6 +14,7 @@ import torch
 
 from lowres_ft import attempt, data, evaluate, fitting, model, packing, shortage
 from lowres_ft.batches import Tokens, collate
+from lowres_ft.contrast import Contrast
 from lowres_ft.errors import OutOfMemoryError
 from lowres_ft.fitting import Ready
 from lowres_ft.model import Adapted
@@ -21,7 +22,7 @@ from lowres_ft.pipeline import run
 from lowres_ft.recipe import Recipe
 from lowres_ft.shortage import Room
 from lowres_ft.tasks.base import Batch
-from tests import conftest
+from tests import conftest, tiny_chat
 from tests.shortages import CHANGES, KINDS, Disturbed, Failing, adapter
 
 
@@ -206,6 +207,26 @@ def test_loading_is_tried_twice(wanted, undisturbed, tmp_path, monkeypatch):
     assert_same(adapter(run(wanted, tmp_path / "b", device_name="cpu").folder), undisturbed)
     monkeypatch.setattr(model, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(OutOfMemoryError, match="memory ran out: loading"):
+        run(wanted, tmp_path / "c", device_name="cpu")
+
+
+def test_the_untouched_base_is_asked_twice(chat_bases, chats, tmp_path, monkeypatch):
+    wanted = tiny_chat.recipe(chat_bases("llama"), chats)
+    expected = json.loads((run(wanted, tmp_path / "a", device_name="cpu").folder / "report.json").read_bytes())
+    look, calls = Contrast.look, []
+
+    def failing(self: Contrast, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KINDS[0]()
+        return look(self, *arguments, **named)
+
+    monkeypatch.setattr(Contrast, "look", failing)
+    found = json.loads((run(wanted, tmp_path / "b", device_name="cpu").folder / "report.json").read_bytes())
+    assert len(calls) == 3  # again before training, and after it
+    assert [found[part] for part in ("samples", "baselines")] == [expected[part] for part in ("samples", "baselines")]
+    monkeypatch.setattr(Contrast, "look", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(OutOfMemoryError, match="memory ran out: asking the untouched base"):
         run(wanted, tmp_path / "c", device_name="cpu")
 
 
