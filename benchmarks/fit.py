@@ -172,7 +172,7 @@ def reached(several: Sequence[Seen], start: Share) -> Share:
 
 
 def _grown(runs: Sequence[Held]) -> dict[str, dict[str, float]]:
-    """What of `constants` says how much comes after a probe, by the others as the table has them."""
+    """The share of pieces that comes after a probe, for each kind of heap, by the other constants as they stand."""
     found = {}
     for kind in sorted({one.heap for one in runs}):
         fitted = Fitted.of(kind)
@@ -229,7 +229,7 @@ def main() -> None:
         "--write",
         nargs="*",
         choices=("memory", "growth", "speed"),
-        help="Write the tables by which runs are told, or one of them; of memory's, what comes after a probe alone.",
+        help="Write the tables by which runs are told, or one of them; growth: of memory's what comes after a probe.",
     )
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="Records of other machines, whose times are fitted too."

@@ -8,7 +8,7 @@ from lowres_ft.errors import LowresError
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import show_bytes
 
-Needs = Callable[[Recipe], int]
+Needed = Callable[[Recipe], int]
 """Bytes that a recipe needs; a LowresError where its base cannot be held so."""
 _SHORTEST = 16  # tokens: texts cut to fewer say little
 _LEAST_SAVED = 2**20  # bytes for which a change is worth making, beside others
@@ -61,7 +61,8 @@ class Together:
         """In words, for a run that may take `most` bytes; none without a change."""
         if not self.changes:
             return ""
-        which = "all of it together" if self.needs > most else "together" if len(self.changes) > 1 else "alone"
+        several = "all of it together" if self.needs > most else "together"
+        which = several if len(self.changes) > 1 else "alone"
         told = f"{' '.join(self.changes)} {which} makes it {show_bytes(self.needs)}"
         return f"{told}, which is still too much: use a smaller base" if self.needs > most else f"{told}, which fits"
 
@@ -72,7 +73,7 @@ class Ways:
 
     dtype: str
     device: str
-    needs: Needs
+    needs: Needed
 
     def remedies(self, recipe: Recipe, now: int) -> list[Remedy]:
         """Changes of a recipe that needs so many bytes `now`, by what each saves on its own, most first."""

@@ -1,36 +1,30 @@
 """What any run of a recipe takes at least, told in a moment and without a heavy library.
 
 Libraries take what was fitted. Weights take what the headers of their files say, in the form in which a recipe lets
-them be held by a processor: those of words, and where layers cannot pass through room for two of them, those of layers.
-What is trained comes with its gradient, the optimizer's moments and a copy of the best step. Activations and logits are
-not counted, nor is anything that some plan could do without, so that no run is refused here which could be told to fit.
+them be held by a processor: those of words, and all layers or, where they can pass, the room for two of them. What is
+trained comes with its gradient, the optimizer's moments and a copy of the best step. Activations and logits are not
+counted, nor is anything that some plan could do without, so that no run is refused here which could be told to fit.
 """
 
 import os
-import re
 import sys
-from collections.abc import Iterator
 from ctypes.util import find_library
 from math import prod
-from pathlib import Path
 
-from lowres_ft import assets, bases, changes, foreign, limits, tables
-from lowres_ft.errors import LowresError, ModelError
+from lowres_ft import changes, headers, limits, tables
+from lowres_ft.errors import ModelError
+from lowres_ft.headers import Outline
 from lowres_ft.methods.base import Method
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import parse_bytes, show_bytes
 
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
 FILE_ELEMENT = 4  # bytes of a weight while it is read: files may hold fp32, whatever is kept of it
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' in its Linux, and AMD's
 _SINGLE = 4  # bytes of a weight in fp32
-_LAYER = re.compile(r"\.\d+\.")
-_WORDS = re.compile(r"embed|\bw[tp]e\b")
-_OTHER = re.compile(r"vision|visual|audio|image")  # parts that a model of texts may leave out
-_NO_LINEAR = re.compile(r"expert|router|gate\.weight|norm|bias|posi|conv")  # or held otherwise by some models
 _CODE = {"int8": 1.0, "nf4": 0.5}  # bytes of a quantized weight, its scales left out
 _GRADIENT = 4  # bytes, in fp32
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}
-_BESIDE = 1.05  # times what is counted here, that a small run takes
+_MARGIN = 1.05  # times what is told here, that a run may take which is advised
 
 
 def libraries(device: str) -> int:
@@ -66,14 +60,14 @@ def require(recipe: Recipe, device: str = "auto") -> None:
     most = _bound(recipe)
     if most is None or (device != "cpu" and _may_have_gpu()):
         return
-    weights = Weights.of(recipe)
-    if most < (needed := weights.needed(recipe)):
-        parts = libraries("cpu"), weights.bytes(recipe)
+    outline = Outline.of(recipe.model.base)
+    if most < (needed := given(outline, recipe)):
+        parts = libraries("cpu"), tensors(outline, recipe)
         taken, read, spare = map(show_bytes, (*parts, needed - sum(parts)))
         raise ModelError(
             f"this run needs {show_bytes(needed)} at least, and may take {show_bytes(most)}: libraries take {taken}, "
-            f"weights and what trains them {read}, and {spare} are spared",
-            hint=_remedies(weights, recipe, needed, most),
+            f"weights, with what is read or trained beside them, {read}, and {spare} are spared",
+            hint=_hint(outline, recipe, needed, most),
         )
 
 
@@ -83,113 +77,75 @@ def _bound(recipe: Recipe) -> int | None:
     return None if told in (None, "auto") else parse_bytes(str(told))
 
 
-def _remedies(weights: "Weights", recipe: Recipe, needed: int, most: int) -> str:
-    """What changes save by themselves, and which of them bring a run well below what it may take."""
-    ways = changes.Ways(recipe.model.dtype, "cpu", weights.needed)
-    within = round(most / _BESIDE)
-    together = ways.together(recipe, needed, within)
-    enough = together.needs <= within
-    told = f"{' '.join(together.changes)}{' together' if len(together.changes) > 1 else ''}" if enough else ""
-    told = f"With {told} it is {show_bytes(together.needs)} at least" if told else "Use a smaller base, or give it more"
-    listed = f"{ways.listed(recipe, needed)}. ".removeprefix(". ")
-    return f"{listed}{told}. `lowres-ft plan` tells all that the run needs."
+def _hint(outline: Outline, recipe: Recipe, needed: int, most: int) -> str:
+    """What changes save by themselves, and which of them bring a run to what it may take."""
+    ways = changes.Ways(recipe.model.dtype, "cpu", lambda changed: given(outline, changed))
+    together = ways.together(recipe, needed, round(most / _MARGIN))
+    told = "Use a smaller base, or give it more"
+    if together.needs <= most:
+        told = f"With {' '.join(together.changes)} it needs {show_bytes(together.needs)} at least"
+        told += ", which may just not be enough" if together.needs > most / _MARGIN else ""
+    listed = ways.listed(recipe, needed)
+    return f"{listed}{'. ' if listed else ''}{told}. `lowres-ft plan` tells all that the run needs."
 
 
-class Weights:
-    """The weights of a base that lies here, by name and shape; none of one that does not."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Weights":
-        """Those of a recipe's base, if it need not be fetched and is sound."""
-        folder = _folder(recipe.model.base)
-        try:
-            names = [] if folder is None else bases.weight_files(folder)
-            return cls({name: shape for file in names for name, shape in _header(Path(folder or "", file))})
-        except (LowresError, OSError, ValueError, KeyError, TypeError, AttributeError):  # for those to tell who read it
-            return cls({})
-
-    def needed(self, recipe: Recipe) -> int:
-        """Bytes that a run has to be given."""
-        return limits.given(libraries("cpu") + self.bytes(recipe), "cpu")
-
-    def bytes(self, recipe: Recipe) -> int:
-        """Bytes that weights take at least: the largest while it is read, or what trains them or an adapter."""
-        needed = [(name, shape) for name, shape in self.shapes.items() if _is_needed(name, recipe)]
-        best = 0 if recipe.data.validation is None else _SINGLE
-        trains = _SINGLE + _GRADIENT + _MOMENTS[recipe.train.optimizer] + best
-        if recipe.method.trains_base:
-            return trains * sum(prod(shape) for _, shape in needed)
-        held = sum(_bytes_each(name, shape, recipe) * prod(shape) for name, shape in needed)
-        stored = max((prod(shape) * min(1.0, _bytes_each(name, shape, recipe)) for name, shape in needed), default=0)
-        added = self._added(recipe.method)
-        return int(held + max(_SINGLE * added + FILE_ELEMENT * stored, trains * added))
-
-    def _added(self, method: Method) -> int:
-        """Weights of an adapter, as far as names and shapes tell which tensors are linear layers."""
-        found = {name: shape for name, shape in self.shapes.items() if _is_linear(name, shape)}
-        linears = {name.removesuffix(".weight"): shape for name, shape in found.items()}
-        try:
-            chosen = method.choose(list(linears)) if linears else ()
-        except ModelError:  # files may call them otherwise than the model does
-            return 0
-        pairs = [(method.adapter(name), linears[name]) for name in chosen]
-        return sum(
-            min(adapter.parameters(*shape), adapter.parameters(*reversed(shape)))  # files may hold them transposed
-            for adapter, shape in pairs
-            if adapter is not None
-        )
+def given(outline: Outline, recipe: Recipe) -> int:
+    """Bytes that a run has to be given at least."""
+    return limits.given(libraries("cpu") + tensors(outline, recipe), "cpu")
 
 
-def _is_needed(name: str, recipe: Recipe) -> bool:
-    """Whether each plan of a recipe holds a tensor."""
-    if _OTHER.search(name):
-        return False
-    if not _LAYER.search(name):
-        return _WORDS.search(name) is not None
-    method = recipe.method
-    return method.trains_base or method.corrects_quantization or recipe.budget.offload == "none"
-
-
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is sure to be the weight of a linear layer in a stack."""
-    inside = _LAYER.search(name) is not None and name.endswith(".weight") and len(shape) == 2
-    return inside and not any(other.search(name) for other in (_OTHER, _WORDS, _NO_LINEAR))
-
-
-def _bytes_each(name: str, shape: tuple[int, ...], recipe: Recipe) -> float:
-    """Bytes by which one weight of a tensor is held."""
-    spec = recipe.model
+def tensors(outline: Outline, recipe: Recipe) -> int:
+    """Bytes of weights at least, and beside them of the largest while it is read or of all that is trained."""
+    best = 0 if recipe.data.validation is None else _SINGLE  # a copy of the best step
+    trains = _SINGLE + _GRADIENT + _MOMENTS[recipe.train.optimizer] + best
     if recipe.method.trains_base:
-        return _SINGLE
-    if spec.quantize != "none" and len(shape) > 1 and (_LAYER.search(name) or spec.quantize_embeddings):
-        return _CODE[spec.quantize]
-    return _SINGLE if spec.dtype == "float32" else 2
-
-
-def _folder(base: str) -> Path | None:
-    """Where a base lies, if it need not be fetched."""
-    if base.startswith("starter:"):
-        try:
-            folder = assets.starter(base.removeprefix("starter:")).asset.folder
-        except LowresError:
-            return None
+        return trains * (headers.elements(outline.words) + sum(map(headers.elements, outline.layers)))
+    words = _bytes_of_words(recipe)
+    in_layers = [(_bytes_in_layer(shape, recipe), prod(shape)) for layer in outline.layers for shape in layer.values()]
+    largest = max([count * min(1.0, each) for each, count in in_layers], default=0.0)
+    largest = max([largest, *(prod(shape) * min(1.0, words) for shape in outline.words.values())])
+    if recipe.method.corrects_quantization or recipe.budget.offload == "none":
+        held = sum(each * count for each, count in in_layers)
     else:
-        folder = Path(os.path.expanduser(base))
-    return folder if os.path.isdir(folder) else None
+        held = sum(sorted(_passing(layer, recipe) for layer in map(headers.linears, outline.layers))[-2:])
+    held += words * headers.elements(outline.words)
+    added = _added(outline, recipe.method)
+    return int(held + max(_SINGLE * added + FILE_ELEMENT * largest, trains * added))
 
 
-def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield names and shapes of a safetensors file.
+def _passing(layer: headers.Shapes, recipe: Recipe) -> float:
+    """Bytes of the linear layers in a layer that passes."""
+    return sum(_bytes_in_layer(shape, recipe) * prod(shape) for shape in layer.values())
 
-    Raises:
-        ValueError: It is none.
-    """
-    with path.open("rb") as file:
-        for name, entry in foreign.read_header(file).items():
-            yield name, tuple(map(int, entry["shape"]))
+
+def _added(outline: Outline, method: Method) -> int:
+    """Weights of an adapter at least."""
+    linears = outline.linears
+    try:
+        chosen = method.choose(list(linears)) if linears else ()
+    except ModelError:  # files may call them otherwise than the model does
+        return 0
+    pairs = [(method.adapter(name), linears[name]) for name in chosen]
+    return sum(
+        min(adapter.parameters(*shape), adapter.parameters(*reversed(shape)))  # files may hold them transposed
+        for adapter, shape in pairs
+        if adapter is not None
+    )
+
+
+def _bytes_in_layer(shape: tuple[int, ...], recipe: Recipe) -> float:
+    """Bytes by which one weight of a frozen layer is held."""
+    quantized = recipe.model.quantize != "none" and len(shape) > 1
+    return _CODE[recipe.model.quantize] if quantized else _bytes_as_they_are(recipe)
+
+
+def _bytes_of_words(recipe: Recipe) -> float:
+    """Bytes by which one weight of a frozen embedding is held."""
+    return _CODE["int8"] if recipe.model.quantize_embeddings else _bytes_as_they_are(recipe)
+
+
+def _bytes_as_they_are(recipe: Recipe) -> float:
+    return _SINGLE if recipe.model.dtype == "float32" else 2
 
 
 def _may_have_gpu() -> bool:

@@ -168,7 +168,10 @@ def _converts(function: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _decided(function: Any, args: tuple[Any, ...]) -> Any:
-    """What an operation gives whose result depends on values, as if all of a mask were wanted; None for any other."""
+    """What an operation gives whose result depends on values that are not known, as if all of a mask were wanted.
+
+    None for any other.
+    """
     if function is _SCALAR and getattr(args[0], "constant", None) is None:
         return 0.0 if args[0].is_floating_point() else 1
     if function is _INDEX and (mask := _mask(args[1])) is not None:

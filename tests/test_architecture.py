@@ -17,7 +17,7 @@ LAYERS = (
     "recipe parts changes allocator limits overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
-    " arrow simulate memory speed pace budget least mapped streaming folders shortage tokenizing",
+    " arrow simulate memory speed pace budget headers least mapped streaming folders shortage tokenizing",
     "train optimizers evaluate significance bundle border probes card merging prediction generation contrast comparison"
     " attempt checks checking powerlaw checkpoint saving course expectation trial passport",
     "report exhibits page fitting pipeline preparing resuming runs curve plotting forecast doctor",

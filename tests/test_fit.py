@@ -34,9 +34,9 @@ def test_constants_of_memory_are_found():
 
 def test_what_comes_after_a_probe_is_found_by_itself(monkeypatch):
     table = {
-        "heap": {"libraries": 440e6, "sixteen": 30e6, "fragmentation": 0.5, "growth": 0.9},
-        "bound": {"libraries": 450e6, "sixteen": 0, "fragmentation": 1.0, "growth": 0.9},
-        "cuda": {"libraries": 500e6, "sixteen": 0, "fragmentation": 0.1},
+        "heap": {"libraries": 440_000_000, "sixteen": 30_000_000, "fragmentation": 0.5, "growth": 0.9},
+        "bound": {"libraries": 450_000_000, "sixteen": 0, "fragmentation": 1.0, "growth": 0.9},
+        "cuda": {"libraries": 500_000_000, "sixteen": 0, "fragmentation": 0.1},
     }
     written = {}
     monkeypatch.setattr(fit.tables, "read", lambda _: dict(table))
