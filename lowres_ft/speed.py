@@ -96,8 +96,13 @@ def passing(count: int, rates: Rates) -> float:
 @cache
 def known(machine: Machine) -> Rates:
     """The rates of this machine: measured once in a process, and kept for others where nothing else computed."""
-    what = f"rates {machine.device} in turns"
-    return Rates.model_validate(timings.once(machine, "", what, lambda: measured(machine.device), alone=True))
+    found = timings.once(machine, "", kept_as(machine.device), lambda: measured(machine.device), alone=True)
+    return Rates.model_validate(found)
+
+
+def kept_as(device: str) -> str:
+    """What the rates of a device are called among what was timed on this machine."""
+    return f"rates {device} in turns"
 
 
 def measured(device: str, each: float = 1.0) -> dict[str, Any]:

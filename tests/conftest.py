@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from lowres_ft import bases as base_module
-from lowres_ft import batches, behaviour, data, device, model, profiles, train
+from lowres_ft import batches, behaviour, data, device, model, profiles, speed, timings, train
 from lowres_ft import plan as plans
 from lowres_ft.batches import Tokens
 from lowres_ft.bundle import Bundle, open_bundle
@@ -42,9 +42,14 @@ torch.manual_seed(0)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that tests and their fixtures do reaches the user's cache, but for tests of the starter assets."""
+    """Nothing that tests and their fixtures do reaches the user's cache, but for tests of the starter assets.
+
+    It holds rates of this machine, made up: beside other tests they would be measured in each process anew.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRES_FT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        rates = {"flops": {"float32": 1e11, "bfloat16": 2e11}, "bandwidth": 1e11, "link": 1e9}
+        timings.once(device.find("cpu"), "", speed.kept_as("cpu"), lambda: rates)
         yield
 
 
