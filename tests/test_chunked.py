@@ -127,6 +127,16 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_is_made(
     assert plain_widest.rows == batch.ids.numel()
 
 
+def test_a_small_batch_has_few_logits_at_once(chat_bases: Bases, chats: Path, tmp_path: Path):
+    ready = prepared(chat_bases("llama", vocab_size=VOCABULARY), chats, tmp_path)
+    batch = whole(ready)
+    most = max(64, batch.ids.numel() // 4)
+    assert int((batch.targets != IGNORED).sum()) > most
+    with Widest() as widest:
+        ours(ready, batch).backward()
+    assert widest.rows == most
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_16_bits_give_the_plain_gradients_to_rounding(

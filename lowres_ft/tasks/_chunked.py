@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 LOGITS = {"cpu": 2**23, "mps": 2**23, "cuda": 2**26}
 """Logits that stand in memory at once, a few times over."""
+_PART, _FEW = 4, 64
+"""Which part of a batch's tokens may have their logits at once, and tokens that may in any case: where little memory
+makes batches small, logits are few, too."""
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -82,13 +85,16 @@ class _Hidden:
     layer: "nn.Module"
     after: "After"
     vocabulary: int
+    tokens: int
+    """Of the whole batch, padding with them."""
 
     def chunks(self) -> "Iterator[tuple[Tensor, Tensor]]":
         """Yield states and targets of a few tokens at a time."""
         import torch
 
-        tokens = max(1, LOGITS[self.states.device.type] // self.vocabulary)
-        return zip(torch.split(self.states, tokens), torch.split(self.targets, tokens), strict=True)
+        most = LOGITS[self.states.device.type] // self.vocabulary
+        several = max(1, min(most, max(_FEW, self.tokens // _PART)))
+        return zip(torch.split(self.states, several), torch.split(self.targets, several), strict=True)
 
     def logits(self, states: "Tensor") -> "Tensor":
         """(n, V) in the dtype of the model."""
@@ -141,7 +147,8 @@ def _hidden(model: "PreTrainedModel", batch: "Batch", wanted: "Tensor") -> _Hidd
     if after is None:
         _UNKNOWN.add(model)
         return None
-    return _Hidden(tap.states[0], batch.targets[wanted], model.get_output_embeddings(), after, found.shape[-1])
+    layer, size = model.get_output_embeddings(), batch.ids.numel()
+    return _Hidden(tap.states[0], batch.targets[wanted], layer, after, found.shape[-1], size)
 
 
 def _after(model: "PreTrainedModel", raw: "Tensor", found: "Tensor") -> "After | None":
