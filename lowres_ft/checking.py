@@ -89,7 +89,7 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
         return [finding for one in looking if one.costly for finding in one.find(survey)]
 
     try:  # in a child: 0.1 GB would stay until the run's end
-        found += forked.result(costly, brings="sklearn", room=limits.room_beside())
+        found += forked.result(costly, brings=forked.SCIKIT_LEARN, room=limits.room_beside())
     except forked.NoRoomError as error:
         left = ", ".join(one.kind for one in looking if one.costly)
         yield f"check: {left} failed within what budget.memory leaves ({error}); `lowres-ft check` looks at all"

@@ -231,7 +231,7 @@ def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) ->
     assert rows is not None
     examples = train.examples(task), rows.examples(task)
     found: dict[str, Ragged] = forked.result(
-        lambda: task.baselines(*examples, seed), brings="sklearn", room=limits.room_beside()
+        lambda: task.baselines(*examples, seed), brings=forked.SCIKIT_LEARN, room=limits.room_beside()
     )
     if not found:
         return {}

@@ -15,35 +15,70 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from lowres_ft import allocator, limits
+from lowres_ft.sizes import show_bytes
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _IDLE = 10.0  # seconds; a child that computes nothing for so long is taken to hang
+_BUSY, _BUSY_IN_ROOM = 0.0, 0.1  # share of them for which it computes otherwise, but for what the system does for it
 _CHUNK = 2**16
 _SAID = 200  # characters of an error
 
 
 class NoRoomError(Exception):
-    """A child failed within its room; it says by what, where it could."""
+    """There is too little room for a child, or it failed within it; it says by what, where it could."""
 
 
-def result(call: Callable[[], Any], brings: str, idle: float = _IDLE, *, room: int | None = None) -> Any:
+class Library(NamedTuple):
+    """A library that is to be gone when a child has ended."""
+
+    name: str
+    begin: Callable[[], None]
+    """Imports it, and lets it have what it cannot go without later."""
+    takes: int
+    """Bytes that are resident then, beside those of before."""
+
+
+def _begin_scikit_learn() -> None:
+    """Import what is used of it, and multiply once by each copy of OpenBLAS, which then keeps its work space.
+
+    One that gets none asks for it for ever (`blas_memory_alloc`), as it is imported too.
+    """
+    import numpy as np
+    import scipy.linalg
+    import sklearn.feature_extraction.text
+    import sklearn.linear_model  # noqa: F401 (to be there)
+
+    square = np.ones((256, 256))
+    np.dot(square, square)
+    scipy.linalg.blas.dgemm(1.0, square, square)
+
+
+SCIKIT_LEARN = Library("sklearn", _begin_scikit_learn, 144 * 2**20)  # 134 MiB were measured in a command
+
+
+def result(call: Callable[[], Any], brings: Library, idle: float = _IDLE, *, room: int | None = None) -> Any:
     """What a call gives, which can be pickled, from a child; this process calls it where no child could.
 
     That is so off Linux; where the library that it `brings` is here already, so that nothing is saved, and its threads
     may have begun; and where the child fails, dies or stands still for `idle` seconds: what it would raise is then
-    raised here. With a `room`, the bytes that a child may map and write to (RLIMIT_DATA), a call that fails there is
-    not made here, where it would take as much: libraries that get no memory raise whatever they do.
+    raised here. With a `room`, the bytes that may be resident in a child beside those that it begins with, a call that
+    fails there is not made here, where it would take as much: libraries that get no memory raise whatever they do, or
+    try for ever.
 
     Raises:
-        NoRoomError: The child failed within its room.
+        NoRoomError: The child failed within its room, or the library alone takes more.
     """
-    possible = sys.platform == "linux" and brings not in sys.modules
-    found = _of_child(call, idle, room) if possible else None
+    possible = sys.platform == "linux" and brings.name not in sys.modules
+    if possible and room is not None and room < brings.takes:
+        raise NoRoomError(f"{show_bytes(max(0, room))}, where {brings.name} alone takes {show_bytes(brings.takes)}")
+    found = _of_child(call, brings, idle, room) if possible else None
     return call() if found is None else found[0]
 
 
-def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[Any] | None:
+def _of_child(call: Callable[[], Any], brings: Library, idle: float, room: int | None) -> tuple[Any] | None:
     """What the call gives in a child; None where that fails.
 
     Raises:
@@ -62,11 +97,11 @@ def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[A
             raise NoRoomError("there is none for a process") from None
         return None
     if child == 0:
-        _work(call, theirs, parent, room)
+        _work(call, brings, theirs, parent, room)
     os.close(theirs)
     answer = None
     try:
-        answer = _read(ours, child, idle)
+        answer = _read(ours, child, idle, (_BUSY if room is None else _BUSY_IN_ROOM) * idle)
     finally:
         os.close(ours)
         if answer is None:
@@ -79,7 +114,7 @@ def _of_child(call: Callable[[], Any], idle: float, room: int | None) -> tuple[A
     return None
 
 
-def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> None:
+def _work(call: Callable[[], Any], brings: Library, to: int, parent: int, room: int | None) -> None:
     """Call, write what it gives, and end without what a process does at its end: that is the parent's to do."""
     code = 1
     try:
@@ -89,7 +124,7 @@ def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> No
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == parent:
             if room is not None:
-                _hold(room)
+                _hold(brings, room)
             answer = pickle.dumps(call())
             with os.fdopen(to, "wb") as file:
                 file.write(answer)
@@ -102,27 +137,36 @@ def _work(call: Callable[[], Any], to: int, parent: int, room: int | None) -> No
         os._exit(code)
 
 
-def _hold(data: int) -> None:
-    """Let this process map so many bytes that it may write to."""
+def _hold(brings: Library, room: int) -> None:
+    """Let a library begin, and then this process have what that leaves of its room.
+
+    Raises:
+        MemoryError: It leaves nothing.
+    """
     import resource
 
+    first = allocator.resident()
+    brings.begin()
+    if (begun := allocator.resident()) >= first + room:
+        raise MemoryError(f"{brings.name} alone takes {show_bytes(begun - first)}")
+    data = limits.Limit(first + room).data
     resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def _read(source: int, child: int, idle: float) -> bytes | None:
-    """All that the child writes until it ends; None where it stands still."""
-    found, spent, until = bytearray(), 0, time.monotonic() + idle
+def _read(source: int, child: int, idle: float, busy: float) -> bytes | None:
+    """All that the child writes until it ends; None where it computes for no more than `busy` of `idle` seconds."""
+    found, spent, until = bytearray(), 0.0, time.monotonic() + idle
     while time.monotonic() < until:
         if select.select([source], [], [], min(1.0, idle))[0]:
             if not (chunk := os.read(source, _CHUNK)):
                 return bytes(found)
             found += chunk
-        if (now := _ticks(child)) > spent:
+        if (now := _computed(child)) > spent + busy:
             spent, until = now, time.monotonic() + idle
     return None
 
 
-def _ticks(child: int) -> int:
-    """Processor time of a process, in ticks of the system."""
+def _computed(child: int) -> float:
+    """Seconds that a process computed, not counting what the system did for it, such as looking for memory."""
     fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])  # utime and stime, of which the state is the first here
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")  # utime, of which the state is the first here

@@ -14,7 +14,7 @@ threads share one heap, and what was freed in it is given back before each step.
 
 The limit alone would not do. oneDNN's generated code may crash where it gets no memory, and its generator (Xbyak) keeps
 an error for the thread in which it came up, where it makes nothing new any more; tokenizers and OpenMP end the process,
-and Python's own threads wait for ever. So it stands only while tensors are computed, in a thread of its own. What
+and Python's own threads wait for ever, as OpenBLAS does. So it stands only while tensors are computed, in a thread of its own. What
 others take, and the weights, count when the next step begins.
 """
 
@@ -111,6 +111,7 @@ class Limit:
             OutOfMemoryError: The process takes more already.
         """
         _start_threads()
+        _start_products()
         allocator.tighten()
         trim()
         if (taken := _taken()["VmRSS"]) >= most:
@@ -136,15 +137,14 @@ def held_now() -> bool:
 
 
 def room_beside() -> int | None:
-    """RLIMIT_DATA of a child that takes, beside what both share, what a bound of this process leaves; None without one.
+    """Bytes that a child may take beside what it shares with this process, by its bound; None without one.
 
-    No limit counts the code of libraries that it brings, which is read from files, nor its copies of shared pages that
-    it writes to: twice what is spared is left for both.
+    Nothing counts the child's copies of shared pages that it writes to: twice what is spared is left for them.
     """
     if _limit is None:
         return None
     trim()
-    return Limit(_limit.most - 2 * SPARE).data
+    return _limit.most - 2 * SPARE - allocator.resident()
 
 
 def apart(call: Callable[[], T]) -> T:
@@ -283,6 +283,14 @@ def _start_threads() -> None:
     import torch
 
     torch.ones(_WARM).sum()
+
+
+def _start_products() -> None:
+    """Let NumPy's OpenBLAS have its work space, for which it asks for ever where it gets none."""
+    import numpy as np
+
+    square = np.ones((256, 256))
+    np.dot(square, square)
 
 
 def _taken() -> dict[str, int]:

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "lowres_ft"
 FILES = {path.relative_to(PACKAGE.parent).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
 MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
-    "errors spec yaml12 files foreign forked harmless libraries deferred events sizes stopping",
+    "errors spec yaml12 files foreign harmless libraries deferred events sizes stopping",
     "registry tasks methods clean calibration minimum",
-    "recipe parts changes allocator limits overrides assets gguf starters verdict tables catalogue",
+    "recipe parts changes allocator limits forked overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
     " arrow simulate memory speed pace budget headers least mapped streaming folders shortage tokenizing",

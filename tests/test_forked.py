@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lowres_ft import forked, limits
+from lowres_ft import forked
+from lowres_ft.forked import SCIKIT_LEARN, Library
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process calls by itself")
-NOWHERE = "nowhere"  # a library that nobody has
-
-
-def room(mib: int) -> int:
-    """What a child may map which takes so many MiB more than this process."""
-    return limits._taken()["VmData"] + mib * 2**20
+NOWHERE = Library("nowhere", lambda: None, 0)
+MIB = 2**20
 
 
 @LINUX
@@ -55,7 +52,7 @@ def test_where_a_child_fails_the_process_calls(fail):
 @pytest.mark.parametrize(
     ("fail", "told"),
     [
-        pytest.param(lambda: bytearray(200 * 2**20), "MemoryError()", id="takes too much"),
+        pytest.param(lambda: bytearray(200 * MIB), "MemoryError()", id="takes too much"),
         pytest.param(lambda: 1 // 0, "ZeroDivisionError", id="raises something else"),
         pytest.param(lambda: os.kill(os.getpid(), signal.SIGSEGV), "died", id="dies as native code does"),
         pytest.param(lambda: time.sleep(60), "stood still", id="hangs"),
@@ -64,12 +61,79 @@ def test_where_a_child_fails_the_process_calls(fail):
 def test_within_a_room_the_process_does_not_call_what_a_child_could_not(fail, told):
     ours = os.getpid()
     with pytest.raises(forked.NoRoomError, match=re.escape(told)):
-        forked.result(lambda: fail() if os.getpid() != ours else None, NOWHERE, idle=0.5, room=room(50))
+        forked.result(lambda: fail() if os.getpid() != ours else None, NOWHERE, idle=0.5, room=50 * MIB)
+
+
+def spin() -> None:
+    """Ask the system for ever, as a library may that gets no memory."""
+    while True:
+        for _ in range(100):
+            os.stat("/proc/self/smaps_rollup")
+        Path("/proc/self/smaps_rollup").read_bytes()
+
+
+@LINUX
+def test_a_library_that_asks_for_ever_is_ended():
+    began = time.monotonic()
+    with pytest.raises(forked.NoRoomError, match="stood still"):
+        forked.result(spin, NOWHERE, idle=2.0, room=50 * MIB)
+    assert time.monotonic() - began < 30
+
+
+@LINUX
+def test_where_a_library_takes_more_than_there_is_nothing_begins():
+    with pytest.raises(forked.NoRoomError, match="60 MiB, where sklearn alone takes 144 MiB"):
+        forked.result(lambda: None, SCIKIT_LEARN._replace(name="sklearn", begin=spin), room=60 * MIB)
+    wide = Library("nowhere", lambda: HELD.append(b"x" * (60 * MIB)), 10 * MIB)
+    with pytest.raises(forked.NoRoomError, match="nowhere alone takes 60 MiB"):
+        forked.result(lambda: None, wide, room=50 * MIB)
+    assert forked.result(lambda: len(HELD), wide, room=90 * MIB) == 1
+
+
+HELD: list[bytes] = []
+
+
+@LINUX
+def test_openblas_keeps_its_work_space_and_never_asks_for_ever():
+    """In a process of its own, as scikit-learn may be here."""
+    code = f"""
+import numpy as np
+from lowres_ft import forked
+
+def learn():
+    from sklearn.linear_model import LogisticRegression
+    x = np.random.default_rng(0).normal(size=(400, 300))
+    found = LogisticRegression(max_iter=20).fit(x, x[:, 0] > 0).score(x, x[:, 0] > 0)
+    try:
+        many = np.ones((6000, 6000)) @ np.ones((6000, 6000))
+    except MemoryError:
+        return found
+    return "nothing was refused"
+
+print(forked.result(learn, forked.SCIKIT_LEARN, room=260 * {MIB}))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100)
+    assert float(done.stdout) > 0.8, done.stderr
+
+
+@LINUX
+def test_scikit_learn_takes_no_more_than_is_said():
+    code = """
+from lowres_ft import deferred
+deferred.begin()  # as a command does
+import lowres_ft.pipeline, transformers
+from lowres_ft import allocator, forked
+before = allocator.resident()
+forked.SCIKIT_LEARN.begin()
+print(allocator.resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < SCIKIT_LEARN.takes
 
 
 @LINUX
 def test_what_fits_into_a_room_is_computed():
-    assert forked.result(lambda: len(bytearray(20 * 2**20)), NOWHERE, room=room(100)) == 20 * 2**20
+    assert forked.result(lambda: len(bytearray(20 * MIB)), NOWHERE, room=100 * MIB) == 20 * MIB
 
 
 @LINUX
@@ -89,7 +153,7 @@ def test_a_child_that_computes_may_take_its_time():
 
 
 def test_where_the_library_is_here_the_process_calls():
-    assert forked.result(os.getpid, brings="pytest") == os.getpid()
+    assert forked.result(os.getpid, brings=Library("pytest", lambda: None, 0)) == os.getpid()
 
 
 @LINUX
@@ -110,10 +174,11 @@ def test_a_child_ends_with_its_parent(tmp_path: Path):
     code = f"""
 import os, time
 from pathlib import Path
-from lowres_ft import forked, limits
+from lowres_ft import forked
 place = Path({str(place)!r})
 forked.result(lambda: (place.with_suffix(".new").write_text(str(os.getpid())),
-                       place.with_suffix(".new").rename(place), time.sleep(60)), "nowhere")
+                       place.with_suffix(".new").rename(place), time.sleep(60)),
+              forked.Library("nowhere", lambda: None, 0))
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     child = int(_waited(lambda: place.exists() and place.read_text()))
