@@ -14,8 +14,8 @@ threads share one heap, and what was freed in it is given back before each step.
 
 The limit alone would not do. oneDNN's generated code may crash where it gets no memory, and its generator (Xbyak) keeps
 an error for the thread in which it came up, where it makes nothing new any more; tokenizers and OpenMP end the process,
-and Python's own threads wait for ever, as OpenBLAS does. So it stands only while tensors are computed, in a thread of its own. What
-others take, and the weights, count when the next step begins.
+and Python's own threads wait for ever, as OpenBLAS does. So it stands only while tensors are computed, in a thread of
+its own. What others take, and the weights, count when the next step begins.
 """
 
 import _thread
