@@ -92,7 +92,7 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
         found += forked.result(costly, brings=forked.SCIKIT_LEARN, room=limits.room_beside())
     except forked.NoRoomError as error:
         left = ", ".join(one.kind for one in looking if one.costly)
-        yield f"check: {left} failed within what budget.memory leaves ({error}); `lowres-ft check` looks at all"
+        yield f"check: {left} failed within the memory that was left ({error}); `lowres-ft check` looks at all"
     by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":

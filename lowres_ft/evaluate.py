@@ -225,7 +225,7 @@ def baselines(task: Task, train: Rows, test: Tokens, ours: Ragged, seed: int) ->
     """Train the task's baselines on the same rows and compare.
 
     Raises:
-        NoRoomError: A bound of this process leaves too little for them.
+        NoRoomError: A bound of this process, or a limit of the system, leaves too little for them.
     """
     rows = test.rows
     assert rows is not None

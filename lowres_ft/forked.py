@@ -22,7 +22,7 @@ from lowres_ft.sizes import show_bytes
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _IDLE = 10.0  # seconds; a child that computes nothing for so long is taken to hang
-_BUSY, _BUSY_IN_ROOM = 0.0, 0.1  # share of them for which it computes otherwise, but for what the system does for it
+_BUSY, _BUSY_IN_ROOM = 0.0, 0.1  # share of them that a child computes by itself else; the system's time does not count
 _CHUNK = 2**16
 _SAID = 200  # characters of an error
 
@@ -44,7 +44,7 @@ class Library(NamedTuple):
 def _begin_scikit_learn() -> None:
     """Import what is used of it, and multiply once by each copy of OpenBLAS, which then keeps its work space.
 
-    One that gets none asks for it for ever (`blas_memory_alloc`), as it is imported too.
+    A copy that gets none asks for ever, when it is imported and later (`blas_memory_alloc`).
     """
     import numpy as np
     import scipy.linalg
@@ -149,8 +149,9 @@ def _hold(brings: Library, room: int) -> None:
     brings.begin()
     if (begun := allocator.resident()) >= first + room:
         raise MemoryError(f"{brings.name} alone takes {show_bytes(begun - first)}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     data = limits.Limit(first + room).data
-    resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (data if soft == resource.RLIM_INFINITY else min(soft, data), hard))
 
 
 def _read(source: int, child: int, idle: float, busy: float) -> bytes | None:

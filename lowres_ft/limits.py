@@ -137,14 +137,23 @@ def held_now() -> bool:
 
 
 def room_beside() -> int | None:
-    """Bytes that a child may take beside what it shares with this process, by its bound; None without one.
+    """Bytes that a child may take beside what it shares with this process; None where nothing bounds them.
 
-    Nothing counts the child's copies of shared pages that it writes to: twice what is spared is left for them.
+    They are bounded by what this process is held to, and by limits of the system that it was begun with. Nothing counts
+    the child's copies of shared pages that it writes to: twice what is spared is left for them.
     """
-    if _limit is None:
+    if sys.platform != "linux":
         return None
-    trim()
-    return _limit.most - 2 * SPARE - allocator.resident()
+    import resource
+
+    if _limit is not None:
+        trim()
+    taken = _taken()
+    left = [] if _limit is None else [_limit.most - 2 * SPARE - taken["VmRSS"]]
+    for limit, mapped in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+            left.append(most - taken[mapped])
+    return min(left, default=None)
 
 
 def apart(call: Callable[[], T]) -> T:

@@ -321,5 +321,5 @@ def _scores(
         return (
             scores,
             found,
-            f"the trained baselines were left out: they failed within what budget.memory leaves ({error})",
+            f"the trained baselines were left out: they failed within the memory that was left ({error})",
         )

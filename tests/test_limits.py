@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowres_ft import allocator, limits
+from lowres_ft import limits
 from lowres_ft.events import Note, unheard
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds memory on Linux alone")
@@ -123,10 +123,26 @@ def test_an_interrupt_waits_until_what_computes_has_ended(where, told):
 @linux
 def test_a_child_has_what_a_bound_leaves_beside_this_process(monkeypatch):
     assert limits.room_beside() is None
-    monkeypatch.setattr(allocator, "resident", lambda: 500 * 2**20)
+    taken = {"VmRSS": 500 * 2**20, "VmData": 600 * 2**20, "VmSize": 9000 * 2**20}
+    monkeypatch.setattr(limits, "_taken", lambda: taken)
     for most, room in ((700, 200 - 64), (550, 50 - 64)):
         monkeypatch.setattr(limits, "_limit", limits.Limit(most * 2**20))
         assert limits.room_beside() == room * 2**20
+
+
+@linux
+def test_a_child_has_what_limits_of_the_system_leave():
+    code = """
+import resource
+from lowres_ft import limits
+assert limits.room_beside() is None
+for limit, mapped in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+    resource.setrlimit(limit, (limits._taken()[mapped] + 100 * 2**20, -1))
+    print(95 < limits.room_beside() / 2**20 <= 100)
+    resource.setrlimit(limit, (-1, -1))
+"""
+    done = python(code)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 @linux

@@ -237,8 +237,8 @@ def test_what_a_bound_leaves_no_room_for_is_left_out_and_told(
     wanted = recipe(bases(), reviews, "train.steps=2")
     report = json.loads((run(wanted, tmp_path / "out", device_name="cpu").folder / "report.json").read_bytes())
     assert report["baselines"] == {}
-    left = "the trained baselines were left out: they failed within what budget.memory leaves (MemoryError())"
+    left = "the trained baselines were left out: they failed within the memory that was left (MemoryError())"
     assert left in report["notes"]
-    looked = [note for note in report["notes"] if "failed within what budget.memory leaves" in note and note != left]
+    looked = [note for note in report["notes"] if "failed within the memory that was left" in note and note != left]
     assert len(looked) == 1
     assert "mislabelled" in looked[0]
