@@ -168,4 +168,15 @@ def give_back() -> None:
 
 def resident() -> int:
     """Bytes of this process that are resident, on Linux."""
-    return int(Path("/proc/self/statm").read_text().split(maxsplit=2)[1]) * mmap.PAGESIZE
+    return _pages()[1] * mmap.PAGESIZE
+
+
+def written() -> int:
+    """Those of them that lie in no file, on Linux."""
+    _, all_of_it, in_files, *_ = _pages()
+    return (all_of_it - in_files) * mmap.PAGESIZE
+
+
+def _pages() -> list[int]:
+    """Pages that are mapped, that are resident, that are resident of files, and others."""
+    return list(map(int, Path("/proc/self/statm").read_text().split()))

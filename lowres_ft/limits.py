@@ -140,7 +140,8 @@ def room_beside() -> int | None:
     """Bytes that a child may take beside what it shares with this process; None where nothing bounds them.
 
     They are bounded by what this process is held to, and by limits of the system that it was begun with. Nothing counts
-    the child's copies of shared pages that it writes to: twice what is spared is left for them.
+    the code that the child brings, nor its copies of shared pages that it writes to: twice what is spared is left for
+    both.
     """
     if sys.platform != "linux":
         return None

@@ -82,7 +82,7 @@ def test_a_library_that_asks_for_ever_is_ended():
 
 @LINUX
 def test_where_a_library_takes_more_than_there_is_nothing_begins():
-    with pytest.raises(forked.NoRoomError, match="60 MiB, where sklearn alone takes 144 MiB"):
+    with pytest.raises(forked.NoRoomError, match="60 MiB, where sklearn alone takes 90 MiB"):
         forked.result(lambda: None, SCIKIT_LEARN._replace(name="sklearn", begin=spin), room=60 * MIB)
     wide = Library("nowhere", lambda: HELD.append(b"x" * (60 * MIB)), 10 * MIB)
     with pytest.raises(forked.NoRoomError, match="nowhere alone takes 60 MiB"):
@@ -110,7 +110,7 @@ def learn():
         return found
     return "nothing was refused"
 
-print(forked.result(learn, forked.SCIKIT_LEARN, room=260 * {MIB}))
+print(forked.result(learn, forked.SCIKIT_LEARN, room=200 * {MIB}))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100)
     assert float(done.stdout) > 0.8, done.stderr
@@ -123,9 +123,9 @@ from lowres_ft import deferred
 deferred.begin()  # as a command does
 import lowres_ft.pipeline, transformers
 from lowres_ft import allocator, forked
-before = allocator.resident()
+before = allocator.written()
 forked.SCIKIT_LEARN.begin()
-print(allocator.resident() - before)
+print(allocator.written() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < SCIKIT_LEARN.takes
