@@ -82,8 +82,8 @@ def test_a_library_that_asks_for_ever_is_ended():
 
 @LINUX
 def test_where_a_library_takes_more_than_there_is_nothing_begins():
-    with pytest.raises(forked.NoRoomError, match="60 MiB, where sklearn alone takes 90 MiB"):
-        forked.result(lambda: None, SCIKIT_LEARN._replace(name="sklearn", begin=spin), room=60 * MIB)
+    with pytest.raises(forked.NoRoomError, match="60 MiB, where nowhere alone takes 90 MiB"):
+        forked.result(lambda: None, NOWHERE._replace(begin=spin, takes=90 * MIB), room=60 * MIB)
     wide = Library("nowhere", lambda: HELD.append(b"x" * (60 * MIB)), 10 * MIB)
     with pytest.raises(forked.NoRoomError, match="nowhere alone takes 60 MiB"):
         forked.result(lambda: None, wide, room=50 * MIB)
