@@ -111,7 +111,7 @@ class Limit:
             OutOfMemoryError: The process takes more already.
         """
         _start_threads()
-        _start_products()
+        start_products()
         allocator.tighten()
         trim()
         if (taken := _taken()["VmRSS"]) >= most:
@@ -295,7 +295,7 @@ def _start_threads() -> None:
     torch.ones(_WARM).sum()
 
 
-def _start_products() -> None:
+def start_products() -> None:
     """Let NumPy's OpenBLAS have its work space, for which it asks for ever where it gets none."""
     import numpy as np
 

@@ -117,13 +117,7 @@ def test_weights_by_hand(changes, expected, tmp_path):
 
 BOUND = "budget.memory=64GiB"  # by which an account counts the libraries that `least` counts
 KINDS = (*tiny.ARCHITECTURES, "deberta", "falcon", "opt", "gpt_neox", "xlnet")
-METHODS = (
-    "method.rank=16",
-    "method.kind=dora",
-    "method={kind: ia3}",
-    "method={kind: full}",
-    "method.targets=attention",
-)
+METHODS = ("method.kind=dora", "method={kind: ia3}", "method={kind: full}", "method.targets=attention")
 FORMS = ((INT8,), (INT8, WORDS), (RESIDENT,), (RESIDENT, INT8), ("data.validation=null",))
 
 
