@@ -1,20 +1,23 @@
 """A run in 60 % of the memory that it takes by itself: `python -m benchmarks.limits [--share 0.6] [--out FILE]`.
 
 Each recipe runs twice, each time in a process of its own: as it is, and with `budget.memory` at that share of the first
-run's peak. The second is held to it from outside too: this process looks at the child's peak of resident memory
-(VmHWM) every 10 ms, and where the child has children of its own, at what all of them hold together, shared pages
-counted once; above the limit it kills it. Both are compared loss by loss. A recipe of which the libraries alone need
-more than the share is refused, which is told as it is. This process imports nothing heavy.
+run's peak. The second is held to it from outside too, in two ways. The system refuses it more data than that
+(RLIMIT_DATA), as it would after `ulimit -d`. And this process looks at the child's peak of resident memory (VmHWM)
+every 10 ms, and where the child has children of its own, at what all of them hold together, shared pages counted once;
+above the limit it kills it. Both are compared loss by loss. A recipe of which the libraries alone need more than the
+share is refused, which is told as it is. This process imports nothing heavy.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +55,18 @@ class Outcome:
 
 
 def watched(arguments: Sequence[str], most: int | None = None) -> Outcome:
-    """Run a recipe in a process of its own, which is killed when it holds more than `most` bytes."""
+    """Run a recipe in a process of its own, which gets no more than `most` bytes and is killed when it holds more."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
         command = [sys.executable, "-m", "lowres_ft", "recipe", *arguments, "--device", "cpu", "--out", str(out)]
         began, killed, peak = time.monotonic(), False, 0
         with (Path(folder) / "stderr").open("w+") as told:
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=told,
+                preexec_fn=None if most is None else partial(_hold, most),
+            )
             while child.poll() is None:
                 peak = max(peak, _held(child.pid))
                 if most is not None and not killed and peak > most:
@@ -70,6 +78,11 @@ def watched(arguments: Sequence[str], most: int | None = None) -> Outcome:
         report = json.loads((out / "report.json").read_text()) if child.returncode == 0 else None
     error = "\n".join(line for line in lines if line.startswith(("error:", "hint:")))
     return Outcome(child.returncode, killed, peak, time.monotonic() - began, error, report)
+
+
+def _hold(most: int) -> None:
+    """Let this process, and those that it begins, have no more data than `most` bytes."""
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _held(pid: int) -> int:
@@ -101,7 +114,7 @@ def compare(arguments: Sequence[str], share: float) -> dict[str, Any]:
     return {
         "arguments": list(arguments),
         "limit_bytes": limit,
-        "enforced": "from outside by a watcher that kills the child above the limit (VmHWM, with its children Pss)",
+        "enforced": "from outside: RLIMIT_DATA, and a watcher that kills above it (VmHWM; with its children Pss)",
         "free": _told(free),
         "held": _told(held),
         "steps": len(pairs),

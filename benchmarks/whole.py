@@ -33,6 +33,7 @@ def main(job: list[str], log: TextIO) -> None:
 
     base, rows, task, length, out, *changes = job
     lowres_ft.run(shapes.recipe(Path(base), Path(rows), task, int(length), *changes), out, listen=listen)
+    listen(Stage("the end"))
 
 
 if __name__ == "__main__":

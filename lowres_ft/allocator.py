@@ -23,12 +23,14 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 HUGE = 2**21  # bytes from which PyTorch asks for huge pages
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of mallopt, in glibc
 MAPPED = 2**18  # bytes from which memory is mapped by itself where every page counts
 _TOP, _LITTLE = 2**25, 2**17  # bytes at the end of the heap that are kept for what is asked next; those of glibc
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # how smaps begins to tell of one
+_STACK = 2**21  # bytes of a thread's; macOS gives it a quarter of that
 _WIDE = 512  # numbers that stand for a token in a layer
 _SHARE = 0.01  # of the time, that it may cost to give memory back and to have it again
 _AGAIN = 3.6e-10  # seconds to have a byte again: 1.5 us for a page of 4 KiB
@@ -121,6 +123,21 @@ def settle(hidden: int) -> None:
         _tell(_TRIM_THRESHOLD, _TOP)
 
 
+def share() -> None:
+    """Let threads take little of what is mapped: they share one heap, and have small stacks; for bounded processes.
+
+    Each would have up to 64 MiB of a heap of its own else, mapped until the process ends once it was used, and 8 MiB of
+    a stack. Both count against a limit of what is mapped (RLIMIT_DATA), touched or not. What began before stays.
+    """
+    if not tightens():
+        return
+    _tell(_ARENA_MAX, 1)
+    library, settings = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    if hasattr(library, "pthread_setattr_default_np") and not library.pthread_getattr_default_np(settings):
+        library.pthread_attr_setstacksize(settings, ctypes.c_size_t(_STACK))
+        library.pthread_setattr_default_np(settings)
+
+
 _tightened = False  # malloc's settings are of the process, and nobody can ask it for them
 
 
@@ -132,7 +149,7 @@ def tighten() -> None:
     global _tightened
     if tightens():
         _tightened = True
-        _tell(_ARENA_MAX, 1)
+        share()
         _tell(_MMAP_THRESHOLD, MAPPED)
         _tell(_TRIM_THRESHOLD, _LITTLE)
 
@@ -166,17 +183,31 @@ def give_back() -> None:
         library.malloc_trim(0)
 
 
+class Taken(NamedTuple):
+    """Bytes of this process."""
+
+    mapped: int
+    """All of them, touched or not (VmSize, which RLIMIT_AS limits)."""
+    resident: int
+    """In memory (VmRSS)."""
+    in_files: int
+    """Of those: in files, such as code."""
+    data: int
+    """Mapped privately, to be written to (VmData, which RLIMIT_DATA limits, and the stack)."""
+
+
+def taken() -> Taken:
+    """What this process takes now, on Linux."""
+    mapped, resident, in_files, _, _, data, _ = map(int, Path("/proc/self/statm").read_text().split())
+    return Taken(*(mmap.PAGESIZE * pages for pages in (mapped, resident, in_files, data)))
+
+
 def resident() -> int:
     """Bytes of this process that are resident, on Linux."""
-    return _pages()[1] * mmap.PAGESIZE
+    return taken().resident
 
 
 def written() -> int:
     """Those of them that lie in no file, on Linux."""
-    _, all_of_it, in_files, *_ = _pages()
-    return (all_of_it - in_files) * mmap.PAGESIZE
-
-
-def _pages() -> list[int]:
-    """Pages that are mapped, that are resident, that are resident of files, and others."""
-    return list(map(int, Path("/proc/self/statm").read_text().split()))
+    now = taken()
+    return now.resident - now.in_files

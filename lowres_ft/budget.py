@@ -9,7 +9,7 @@ say: an error lists what each such change saves.
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 
-from lowres_ft import bases, changes, device, limits, memory, profiles, shortage
+from lowres_ft import bases, changes, device, limits, memory, outside, profiles, shortage
 from lowres_ft import plan as made
 from lowres_ft.bases import Base
 from lowres_ft.device import Machine
@@ -36,15 +36,23 @@ def unknown(*_: object) -> Sequence[Shape]:
 
 
 def room(recipe: Recipe, machine: Machine) -> int | None:
-    """Bytes that a recipe may take on a machine; None where it sets no bound."""
+    """Bytes that a recipe may take on a machine, as it says and the system lets it; None where it sets no bound."""
     if recipe.budget.memory is None:
         return None
-    if recipe.budget.memory != "auto":
-        return parse_bytes(recipe.budget.memory)
+    most = _told(recipe.budget.memory, machine)
+    if machine.kind == "cpu" and (limit := outside.tightest()) is not None:
+        most = min(most, limit[1])
+    return max(1, most)
+
+
+def _told(memory: str, machine: Machine) -> int:
+    """Bytes that a budget names, or that are free but for a reserve."""
+    if memory != "auto":
+        return parse_bytes(memory)
     reserve = limits.reserve(device.total_bytes(machine.device))
     # Each process of a host leaves its share of what is left to others; a GPU is of one process.
     reserve //= device.local_processes() if machine.kind == "cpu" else 1
-    return max(1, device.free_bytes(machine.device) - reserve)
+    return device.free_bytes(machine.device) - reserve
 
 
 def within(
@@ -149,8 +157,17 @@ def advice(recipe: Recipe, machine: Machine) -> str:
         *_, last = plans(recipe, made.make(recipe, profile, machine), profile)
         listed = ways(last, needs).listed(recipe, needs(recipe, last))
     except (LowresError, MemoryError, RuntimeError):  # there is no memory even for that
-        return other
-    return listed or other
+        listed = ""
+    return ". ".join([*_counted(recipe, machine), listed or other])
+
+
+def _counted(recipe: Recipe, machine: Machine) -> list[str]:
+    """What makes a plan count with limits that the system sets, where it does not."""
+    if recipe.budget.memory is not None or machine.kind != "cpu":
+        return []
+    return [
+        f"With budget.memory=auto the plan counts with {limit.name}, which the system sets" for limit in outside.found()
+    ]
 
 
 def plans(recipe: Recipe, plan: Plan, profile: Profile) -> Iterator[Plan]:

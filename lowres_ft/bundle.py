@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
-from lowres_ft import bases, behaviour, folders, foreign, model, profiles, recipe
+from lowres_ft import bases, behaviour, folders, foreign, limits, model, profiles, recipe
 from lowres_ft import passport as passports
 from lowres_ft import plan as plans
 from lowres_ft.assets import Progress
@@ -79,9 +79,11 @@ class Bundle:
         quantize: str | None = None,
         base: str | None = None,
         progress: Progress | None = None,
+        passing: bool = False,
     ) -> tuple[Adapted, Plan]:
         """Load the model as it was trained and measured, or in another dtype or storage.
 
+        With `passing`, its layers pass through memory where they can, which changes no bit of what it computes.
         An adapter that corrects quantization belongs to the quantized base: for it, `quantize="none"` means the weights
         that the quantized base computes with, held plain.
 
@@ -101,6 +103,8 @@ class Bundle:
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
         plan = plans.make(wanted, profile, machine, like=self.passport.plan)
+        if passing and not plans.why_resident(wanted, profile, machine.kind):
+            plan = plan.model_copy(update={"offload": "layers"})
         adapted = model.load(wanted, found, profile, plan, load_tokenizer(self.folder), new=False)
         if dequantize:
             model.dequantize(adapted)
@@ -244,19 +248,31 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
 def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tensor | None) -> Bundle:
     """Load a written bundle anew, see that it computes what was measured, and write probe and passport, the last file.
 
+    Its logits are recorded in fp32, for which weights may take twice what they took in training: where memory is
+    bounded, layers pass.
+
     Raises:
         BundleError: The reloaded model's logits are not those of the trained one.
     """
     if probed is not None and expected is not None:
-        adapted, _ = bundle.load(machine)
-        gap = float((probed.logits(adapted) - expected).abs().max())
-        if not gap <= _RELOADED:
-            raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")
-        del adapted
-        reference, _ = bundle.load(machine, dtype="float32")
+        _require_same(bundle, machine, probed, expected)
+        limits.trim()  # of that model
+        reference, _ = bundle.load(machine, dtype="float32", passing=limits.held_now())
         write_bytes(bundle.folder / PROBE, bytes_from(probed.tensors() | {"logits": probed.logits(reference)}))
     files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
     return replace(bundle, passport=passports.write(bundle.folder / PASSPORT, bundle.passport, files))
+
+
+def _require_same(bundle: Bundle, machine: Machine, probed: Probe, expected: Tensor) -> None:
+    """See that a written bundle computes what was measured. The model is freed with this function.
+
+    Raises:
+        BundleError: It does not.
+    """
+    adapted, _ = bundle.load(machine, passing=limits.held_now())
+    gap = float((probed.logits(adapted) - expected).abs().max())
+    if not gap <= _RELOADED:
+        raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")
 
 
 def adapter_bytes(folder: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 from lowres_ft.errors import LowresError
 from lowres_ft.sizes import show_bytes
 
+_PART = 2**20  # bytes
 _LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
@@ -17,14 +18,18 @@ def read_bytes(path: Path, most: int, kind: type[LowresError]) -> bytes:
     Raises:
         kind: It is larger, or cannot be read.
     """
+    content = bytearray()
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            while len(content) <= most and (
+                part := file.read(_PART)
+            ):  # all at once, room for `most` would be asked for
+                content += part
     except OSError as error:
         raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(content) > most:
         raise kind(f"{path} is larger than {show_bytes(most)}", hint="No file of this kind is that large.")
-    return content
+    return bytes(content)
 
 
 def read_json(path: Path, most: int, kind: type[LowresError]) -> dict[str, Any]:

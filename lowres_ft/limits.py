@@ -20,16 +20,17 @@ its own. What others take, and the weights, count when the next step begins.
 
 import _thread
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lowres_ft import allocator, tables
+from lowres_ft import allocator, outside, tables
 from lowres_ft.errors import OutOfMemoryError
 from lowres_ft.events import Listener, Note
+from lowres_ft.outside import Outside
 from lowres_ft.recipe import Recipe
 from lowres_ft.sizes import show_bytes
 
@@ -38,6 +39,7 @@ _SHARE, _LEAST = 0.05, 512 * 2**20
 _DOUBT = 0.05  # of what is told, by which the truth may lie above
 SPARE = 32 * 2**20
 """Bytes below a bound, in which libraries still find what little they need."""
+_PRODUCTS = "OPENBLAS_NUM_THREADS"  # each of which has 32 MiB; of NumPy's products, which are few
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
 
@@ -60,6 +62,14 @@ def context() -> int:
 def tightens(recipe: Recipe, device: str) -> bool:
     """Whether a recipe's bound changes how malloc maps memory in its process (`allocator.tighten`)."""
     return device == "cpu" and recipe.budget.memory is not None and allocator.tightens()
+
+
+def expect(recipe: Recipe) -> None:
+    """Where there is a bound, let libraries that are imported from here on map little that they never touch."""
+    if recipe.budget.memory is not None or outside.found():
+        allocator.tighten()
+        if "numpy" not in sys.modules:
+            os.environ.setdefault(_PRODUCTS, "1")
 
 
 @contextmanager
@@ -93,6 +103,8 @@ class Limit:
     """A bound of this process's resident memory."""
 
     most: int
+    outside: tuple[Outside, ...] = ()
+    """Those of the system, which stand beside it."""
 
     def look(self) -> None:
         """See that there is room for what comes next.
@@ -100,8 +112,13 @@ class Limit:
         Raises:
             MemoryError: The bound is reached.
         """
-        if (taken := allocator.resident()) > self.most - SPARE:
-            raise MemoryError(f"{show_bytes(taken)} are resident, and {show_bytes(self.most)} may be")
+        now = allocator.taken()
+        if now.resident > self.most - SPARE:
+            raise MemoryError(f"{show_bytes(now.resident)} are resident, and {show_bytes(self.most)} may be")
+        for limit in self.outside:
+            if limit.left(now) < SPARE:
+                taken, most = show_bytes(limit.taken(now)), show_bytes(limit.most)
+                raise MemoryError(f"{taken} are mapped, and {most} may be, as {limit.name} says")
 
     @classmethod
     def now(cls, most: int) -> "Limit":
@@ -114,18 +131,18 @@ class Limit:
         start_products()
         allocator.tighten()
         trim()
-        if (taken := _taken()["VmRSS"]) >= most:
+        if (taken := allocator.resident()) >= most:
             raise OutOfMemoryError(
                 f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}"
             )
-        return cls(most)
+        return cls(most, outside.found())
 
     @property
     def data(self) -> int:
         """The soft limit, RLIMIT_DATA, that keeps the process within."""
         allocator.give_back()
-        taken = _taken()
-        return taken["VmData"] + max(0, self.most - taken["VmRSS"])
+        now = allocator.taken()
+        return now.data + max(0, self.most - now.resident)
 
 
 _limit: Limit | None = None  # it is of the process, so there is one
@@ -145,16 +162,11 @@ def room_beside() -> int | None:
     """
     if sys.platform != "linux":
         return None
-    import resource
-
     if _limit is not None:
         trim()
-    taken = _taken()
-    left = [] if _limit is None else [_limit.most - 2 * SPARE - taken["VmRSS"]]
-    for limit, mapped in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
-            left.append(most - taken[mapped])
-    return min(left, default=None)
+    now = allocator.taken()
+    left = [] if _limit is None else [_limit.most - 2 * SPARE - now.resident]
+    return min([*left, *(limit.left(now) for limit in outside.found())], default=None)
 
 
 def apart(call: Callable[[], T]) -> T:
@@ -301,9 +313,3 @@ def start_products() -> None:
 
     square = np.ones((256, 256))
     np.dot(square, square)
-
-
-def _taken() -> dict[str, int]:
-    """What Linux says of this process's memory, in bytes."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB"))
-    return {name.rstrip(":"): int(value) * 1024 for name, value, _ in lines}

@@ -102,6 +102,7 @@ def _run(recipe: Recipe, machine: Machine, place: Place, listen: Listener) -> No
         draft = _experiment(resolved, rows, machine, place, listen, resuming.digest(recipe))
         if draft is not None:
             limits.trim()
+            shortage.twice(draft.describe, machine.device, "writing the report")
             listen(Stage("loading what was written, and comparing"))
             shortage.twice(partial(bundle.seal, draft.bundle, machine, draft.probe, draft.expected), machine.device)
             files.publish(place.draft, place.out)
@@ -144,11 +145,26 @@ def _checked(ready: Ready, machine: Machine, listen: Listener) -> Ready:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A bundle that is written but for its probe and passport, and what its model computed."""
+    """A bundle of which weights and report.json are written, and what its model computed."""
 
     bundle: Bundle
+    found: dict[str, Any]
+    """What report.json holds."""
+    pad: int | None
+    """The token that pads, where it is not the base's."""
     probe: Probe | None
     expected: Tensor | None
+
+    def describe(self) -> None:
+        """Write what people read, when the model is gone, and where there is room without libraries that stay."""
+        folder, draw = self.bundle.folder, partial(page.render, self.found)
+        try:
+            drawn: str = forked.result(draw, brings=forked.MATPLOTLIB, room=limits.room_beside())
+        except forked.NoRoomError:
+            drawn = draw()
+        files.write_bytes(folder / "report.html", drawn.encode())
+        told = card.render(self.bundle, self.found, pad_token_id=self.pad)
+        files.write_bytes(folder / "README.md", told.encode())
 
 
 @dataclass(frozen=True)
@@ -262,22 +278,21 @@ def tuned(ready: Ready, predicted: dict[str, Ragged]) -> Ready:
 
 
 def _written(ready: Ready, found: dict[str, Any], machine: Machine, place: Place) -> _Draft:
-    """Write the bundle but for what `bundle.seal` writes."""
+    """Write the bundle but for what people read, and for what `bundle.seal` writes."""
     adapted, resolved = ready.adapted, ready.recipe
     passport = bundle.passport(adapted, resolved, ready.plan, machine, found["scores"], ready.rows.fingerprint())
-    draft = Bundle(place.draft, passport, resolved)
-    bundle.write(draft.folder, adapted, resolved)
-    found["adapter_bytes"] = bundle.adapter_bytes(draft.folder)
-    files.write_json(draft.folder / "report.json", found)
-    files.write_bytes(draft.folder / "report.html", page.render(found).encode())
+    bundle.write(folder := place.draft, adapted, resolved)
+    limits.trim()  # of another tokenizer
+    found["adapter_bytes"] = bundle.adapter_bytes(folder)
+    files.write_json(folder / "report.json", found)
+    _require_same_tokens(folder, ready)
     pad = adapted.model.config.pad_token_id
     pad = None if pad == adapted.base.config().get("pad_token_id") else pad
-    files.write_bytes(draft.folder / "README.md", card.render(draft, found, pad_token_id=pad).encode())
-    _require_same_tokens(draft.folder, ready)
     # Rows of train are not given away: without validation there is no probe.
     held_out = ready.tokens.get("validation")
     probe = None if held_out is None else probes.make_probe(held_out, resolved.data.probe_rows, adapted)
-    return _Draft(draft, probe, None if probe is None else probe.logits(adapted))
+    expected = None if probe is None else probe.logits(adapted)
+    return _Draft(Bundle(folder, passport, resolved), found, pad, probe, expected)
 
 
 def _require_same_tokens(folder: Path, ready: Ready) -> None:

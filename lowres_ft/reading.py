@@ -24,6 +24,7 @@ from lowres_ft.recipe import Recipe
 from lowres_ft.storage import Int8, Nf4
 
 _NAME = "lowres_ft"
+_PART = 2**23  # bytes of a weight that are written to a file at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def options(
     if spec.quantize != "none":
         quantize.require_library(spec.quantize)
     return {
-        "dtype": dtype if spec.quantize == "none" else "auto",
+        "dtype": "auto",
         "device_map": {"": device if passing is None else "cpu"},
         "quantization_config": _Config(spec, device, keep, dtype, passing),
     }
@@ -169,7 +170,7 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
             self.mismatched.add(name)
         elif isinstance(room, Tensor):
             self._leave(room)
-            return room.copy_(value)
+            return self._filled(room, value)
         elif room is not None:
             self._leave(room.weight)
             turned = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
@@ -180,11 +181,17 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
             return value.to(self._dtype(name))
         return value
 
+    def _filled(self, room: Tensor, value: Tensor) -> Tensor:
+        """A room in a file with the values of a tensor, a part at once: the pages of each go before the next."""
+        rows = max(1, _PART * len(room) // max(1, room.numel() * room.element_size()))
+        for begin in range(0, len(room), rows):
+            room[begin : begin + rows].copy_(value[begin : begin + rows])
+            mapped.drop([block for block in self.blocks if block.place(room) is not None])
+        return room
+
     def _leave(self, room: Tensor) -> None:
         """Give back the pages of all blocks but that in which room is filled now."""
-        for block in self.blocks:
-            if block.place(room) is None:
-                block.drop()
+        mapped.drop([block for block in self.blocks if block.place(room) is None])
 
 
 def _groups(model: PreTrainedModel, stack: str) -> Iterator[list[str]]:

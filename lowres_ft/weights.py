@@ -45,9 +45,11 @@ def unmapped(*, for_a_moment: bool = False) -> Iterator[None]:
     mapping, files = modeling_utils.safe_open, ExitStack()
 
     def opened(path: Any, *args: Any, **options: Any) -> Any:
-        if options.get("backend") != "mmap":
+        if options.get("backend", "mmap") != "mmap":
             return mapping(path, *args, **options)
         found = mapping(path, *args, **options | {"backend": "pread"})  # a map of the file would count as data
+        if "backend" not in options:  # nothing but headers is asked for
+            return found
         return _File(files.enter_context(open(path, "rb", buffering=0)), found, for_a_moment)
 
     modeling_utils.safe_open = opened

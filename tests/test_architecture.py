@@ -14,7 +14,7 @@ MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path i
 LAYERS = (
     "errors spec yaml12 files foreign harmless libraries deferred events sizes stopping",
     "registry tasks methods clean calibration minimum",
-    "recipe parts changes allocator limits forked overrides assets gguf starters verdict tables catalogue",
+    "recipe parts changes allocator outside limits forked overrides assets gguf starters verdict tables catalogue",
     "device dropout fused storage factorize linear embedding attach attention timings behaviour quantize reading"
     " recompute weights model data batches packing plan bases readers formats profiles guess splits ledger"
     " arrow simulate memory speed pace budget headers least mapped streaming folders shortage tokenizing",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowres_ft import forked
-from lowres_ft.forked import SCIKIT_LEARN, Library
+from lowres_ft.forked import Library
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process calls by itself")
 NOWHERE = Library("nowhere", lambda: None, 0)
@@ -116,18 +116,22 @@ print(forked.result(learn, forked.SCIKIT_LEARN, room=200 * {MIB}))
 
 
 @LINUX
-def test_scikit_learn_takes_no_more_than_is_said():
-    code = """
+@pytest.mark.parametrize("name", ["SCIKIT_LEARN", "MATPLOTLIB"])
+def test_a_library_takes_no_more_than_is_said(name):
+    code = f"""
 from lowres_ft import deferred
 deferred.begin()  # as a command does
 import lowres_ft.pipeline, transformers
 from lowres_ft import allocator, forked
+from lowres_ft.page import charts
 before = allocator.written()
-forked.SCIKIT_LEARN.begin()
+forked.{name}.begin()
+if {name!r} == "MATPLOTLIB":
+    charts.loss([(step, 1 / step) for step in range(1, 300)])
 print(allocator.written() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < SCIKIT_LEARN.takes
+    assert int(done.stdout) < getattr(forked, name).takes
 
 
 @LINUX

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowres_ft import limits
+from lowres_ft import allocator, limits
 from lowres_ft.events import Note, unheard
+from lowres_ft.outside import Outside
 
+MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds memory on Linux alone")
 
 
@@ -20,7 +22,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 HELD = """
 import resource, sys, torch
 from functools import partial
-from lowres_ft import limits, shortage
+from lowres_ft import allocator, limits, shortage
 from lowres_ft.events import unheard
 
 def fits(mib):
@@ -36,7 +38,7 @@ def failing():
 
 before = resource.getrlimit(resource.RLIMIT_DATA)
 limits._start_threads()
-most = limits._taken()["VmRSS"] + (200 << 20)
+most = allocator.resident() + (200 << 20)
 with limits.held(most, "cpu", unheard):
     print(*(limits.apart(partial(fits, mib)) for mib in (100, 300, 100)), fits(300))
     held = torch.ones(120 << 20, dtype=torch.uint8)
@@ -121,23 +123,77 @@ def test_an_interrupt_waits_until_what_computes_has_ended(where, told):
 
 
 @linux
+def test_what_the_system_limits_counts_where_a_run_looks(monkeypatch):
+    taken = allocator.Taken(mapped=2000 * MIB, resident=500 * MIB, in_files=150 * MIB, data=600 * MIB)
+    monkeypatch.setattr(allocator, "taken", lambda: taken)
+    limits.Limit(700 * MIB, (Outside("RLIMIT_DATA", 632 * MIB), Outside("RLIMIT_AS", 2032 * MIB))).look()
+    with pytest.raises(MemoryError, match="600 MiB are mapped, and 631 MiB may be, as RLIMIT_DATA says"):
+        limits.Limit(700 * MIB, (Outside("RLIMIT_DATA", 631 * MIB),)).look()
+    with pytest.raises(MemoryError, match=r"2.0 GiB are mapped, and 2.0 GiB may be, as RLIMIT_AS says"):
+        limits.Limit(700 * MIB, (Outside("RLIMIT_AS", 2031 * MIB),)).look()
+    with pytest.raises(MemoryError, match="500 MiB are resident, and 531 MiB may be"):
+        limits.Limit(531 * MIB).look()
+
+
+EXPECTING = """
+import ctypes, os, sys, threading
+from lowres_ft import allocator, limits
+from lowres_ft.recipe import load_recipe
+
+limits.expect(load_recipe("sentiment-lora", sys.argv[1:]))
+print(os.environ.get("OPENBLAS_NUM_THREADS"))
+begun, ended = threading.Semaphore(0), threading.Event()
+
+def work():
+    held = ctypes.CDLL(None).malloc(100)  # by which a thread gets a heap of its own, if it is to have one
+    begun.release()
+    ended.wait()
+
+before = allocator.taken()
+for _ in range(4):
+    threading.Thread(target=work).start()
+    begun.acquire()
+now = allocator.taken()
+ended.set()
+print((now.data - before.data) >> 20 > 16, (now.mapped - before.mapped) >> 20 > 128)
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    ("overrides", "said", "told"),
+    [
+        ((), None, "None True True"),
+        (("budget.memory=4GiB",), None, "1 False False"),
+        (("budget.memory=auto",), "3", "3 False False"),
+    ],
+)
+def test_threads_of_a_run_with_a_bound_map_little(overrides, said, told, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
+    done = python(EXPECTING, *overrides)
+    assert done.stdout.split() == told.split(), done.stderr
+
+
+@linux
 def test_a_child_has_what_a_bound_leaves_beside_this_process(monkeypatch):
     assert limits.room_beside() is None
-    taken = {"VmRSS": 500 * 2**20, "VmData": 600 * 2**20, "VmSize": 9000 * 2**20}
-    monkeypatch.setattr(limits, "_taken", lambda: taken)
+    taken = allocator.Taken(mapped=9000 * MIB, resident=500 * MIB, in_files=0, data=600 * MIB)
+    monkeypatch.setattr(allocator, "taken", lambda: taken)
     for most, room in ((700, 200 - 64), (550, 50 - 64)):
-        monkeypatch.setattr(limits, "_limit", limits.Limit(most * 2**20))
-        assert limits.room_beside() == room * 2**20
+        monkeypatch.setattr(limits, "_limit", limits.Limit(most * MIB))
+        assert limits.room_beside() == room * MIB
 
 
 @linux
 def test_a_child_has_what_limits_of_the_system_leave():
     code = """
 import resource
-from lowres_ft import limits
+from lowres_ft import allocator, limits
 assert limits.room_beside() is None
-for limit, mapped in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-    resource.setrlimit(limit, (limits._taken()[mapped] + 100 * 2**20, -1))
+for limit, taken in ((resource.RLIMIT_AS, "mapped"), (resource.RLIMIT_DATA, "data")):
+    resource.setrlimit(limit, (getattr(allocator.taken(), taken) + 100 * 2**20, -1))
     print(95 < limits.room_beside() / 2**20 <= 100)
     resource.setrlimit(limit, (-1, -1))
 """

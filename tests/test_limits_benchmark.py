@@ -40,6 +40,16 @@ def test_children_are_counted_and_what_they_share_once():
     assert limits._held(child.pid) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it holds nothing")
+def test_a_child_that_is_held_gets_no_more_data(monkeypatch):
+    asks = "import sys; held = bytearray(200 * 2**20); sys.exit('error: nothing was refused')"
+    command, popen = [sys.executable, "-c", asks], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen(command, **options))
+    refused = limits.watched(["any"], 100 * MIB)
+    assert (refused.code, refused.error) == (1, "")  # of a MemoryError
+    assert limits.watched(["any"]).error == "error: nothing was refused"
+
+
 def test_losses_are_compared_step_by_step(monkeypatch):
     asked = []
 

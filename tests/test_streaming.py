@@ -9,10 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowres_ft import bases as base_module
-from lowres_ft import budget, device, evaluate, folders, mapped, memory, model, profiles, simulate, streaming
+from lowres_ft import (
+    budget,
+    device,
+    evaluate,
+    folders,
+    limits,
+    mapped,
+    memory,
+    model,
+    profiles,
+    reading,
+    simulate,
+    streaming,
+)
 from lowres_ft import plan as plans
 from lowres_ft.bases import Base
 from lowres_ft.errors import ModelError
@@ -68,6 +82,31 @@ def both(made: Callable[..., Recipe], work: Path) -> None:
 @pytest.mark.parametrize("architecture", sorted(set(tiny.ARCHITECTURES) - {"albert"}))
 def test_each_architecture_learns_the_same(architecture: str, bases: Bases, reviews: Path, tmp_path: Path):
     both(lambda *more: recipe(deep(bases, architecture), reviews, *METHODS["lora"], *more), tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])  # of which one holds its weights transposed
+def test_weights_that_are_written_part_by_part_are_the_same(
+    architecture: str, bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reading, "_PART", 200)
+    both(lambda *more: recipe(deep(bases, architecture), reviews, *METHODS["lora"], *more), tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "albert"])  # of which one cannot pass
+def test_where_memory_is_bounded_a_bundle_is_sealed_with_layers_that_pass(
+    architecture: str, bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded, load = [], model.load
+    monkeypatch.setattr(model, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
+    wanted = recipe(deep(bases, architecture), reviews, "train.steps=2")
+    plain = run(wanted, tmp_path / "plain", device_name="cpu")
+    assert [one.stream for one in loaded] == [None] * 3  # as it is trained, and sealed in both dtypes
+    monkeypatch.setattr(limits, "held_now", lambda: True)
+    bounded = run(wanted, tmp_path / "bounded", device_name="cpu")
+    assert loaded[3].stream is None
+    assert [one.stream is not None for one in loaded[4:]] == 2 * [architecture == "bert"]
+    probes = [load_file(bundle.folder / "probe.safetensors") for bundle in (plain, bounded)]
+    assert torch.equal(probes[0]["logits"], probes[1]["logits"])
 
 
 @pytest.mark.parametrize("method", STREAMED)

@@ -70,11 +70,12 @@ def curve(
     as_json: Json = False,
 ) -> None:
     """Train at several sizes, and tell what more rows would bring."""
-    from lowres_ft import least
+    from lowres_ft import least, limits
     from lowres_ft.recipe import load_recipe
 
     loaded = load_recipe(name, overrides or [])
     least.require(loaded, device)
+    limits.expect(loaded)
     wanted = _numbers(sizes)
     from lowres_ft import curve as curves
     from lowres_ft import plotting

@@ -35,13 +35,14 @@ def recipe(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: from data to a measured bundle."""
-    from lowres_ft import least
+    from lowres_ft import least, limits
     from lowres_ft.recipe import load_recipe
 
     if resume and restart:
         raise LowresError("--resume goes on and --restart begins anew: not both", hint="Leave one of them out.")
     loaded = load_recipe(name, overrides or [])
     least.require(loaded, device)
+    limits.expect(loaded)
     # The heavy libraries come after the recipe is known to be right.
     from lowres_ft import pipeline, preparing
     from lowres_ft.cli import summary
