@@ -82,17 +82,18 @@ def brief(rows: Data, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     many = max(len(split) for split in rows.splits().values()) > _FEW
     survey = Survey.of(rows, tokenizer, first=_MANY, most=_FEW)
     looking = [one for one in _checks() if one.gravest != "info" and not (many and one.costly)]
-
+    costly = [one for one in looking if one.costly]
     found = [finding for one in looking if not one.costly for finding in one.find(survey)]
 
-    def costly() -> list[Finding]:
-        return [finding for one in looking if one.costly for finding in one.find(survey)]
+    def looked() -> list[Finding]:
+        return [finding for one in costly for finding in one.find(survey)]
 
-    try:  # in a child: 0.1 GB would stay until the run's end
-        found += forked.result(costly, brings=forked.SCIKIT_LEARN, room=limits.room_beside())
-    except forked.NoRoomError as error:
-        left = ", ".join(one.kind for one in looking if one.costly)
-        yield f"check: {left} failed within the memory that was left ({error}); `lowres-ft check` looks at all"
+    if costly:
+        try:  # in a child: 0.1 GB would stay until the run's end
+            found += forked.result(looked, brings=forked.SCIKIT_LEARN, room=limits.room_beside())
+        except forked.NoRoomError as error:
+            left = ", ".join(one.kind for one in costly)
+            yield f"check: {left} failed within the memory that was left ({error}); `lowres-ft check` looks at all"
     by_kind: dict[str, list[Finding]] = {}
     for finding in _ordered(found):
         if finding.severity != "info":

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowres_ft import checking, data
+from lowres_ft import checking, data, forked
 from lowres_ft.checks import _survey, languages
 from lowres_ft.checks.base import Finding
 from lowres_ft.errors import DataError
@@ -244,6 +244,17 @@ def test_a_run_leaves_out_checks_that_find_infos_alone(bases: Bases, tmp_path: P
     assert not loaded
     assert named(checking.check(wanted).findings, "foreign_language").severity == "info"
     assert len(loaded) == 1  # for all splits
+
+
+def test_a_run_on_many_rows_begins_no_child_for_checks(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Checks that would need one are left out there."""
+    wanted = classification(bases(), tmp_path, planted.CLASSIFICATION["conflicting_duplicates"])
+    (tmp_path / "work").mkdir()
+    rows = data.load(wanted, tmp_path / "work")
+    few = list(checking.brief(rows, load_tokenizer(bases())))
+    monkeypatch.setattr(checking, "_FEW", 1)
+    monkeypatch.setattr(forked, "result", None)
+    assert [text.partition(" (")[0] for text in checking.brief(rows, load_tokenizer(bases()))] == few
 
 
 def test_the_command_prints_findings_or_json(bases: Bases, tmp_path: Path, lowres):
