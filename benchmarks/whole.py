@@ -11,12 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+_BOUND = "budget.memory="
+
 
 def main(job: list[str], log: TextIO) -> None:
     """Run what a job says."""
-    from lowres_ft import deferred
+    from lowres_ft import deferred, limits
 
-    deferred.begin()  # as the command line does
+    base, rows, task, length, out, *changes = job
+    bound = [change.removeprefix(_BOUND) for change in changes if change.startswith(_BOUND)]
+    limits.expect(bound[0] if bound else None)  # this and the next as the command line does
+    deferred.begin()
     import lowres_ft
     from benchmarks import shapes
     from lowres_ft import allocator, device
@@ -31,7 +36,6 @@ def main(job: list[str], log: TextIO) -> None:
         if found:
             print(json.dumps(found), file=log)
 
-    base, rows, task, length, out, *changes = job
     lowres_ft.run(shapes.recipe(Path(base), Path(rows), task, int(length), *changes), out, listen=listen)
     listen(Stage("the end"))
 

@@ -64,9 +64,9 @@ def tightens(recipe: Recipe, device: str) -> bool:
     return device == "cpu" and recipe.budget.memory is not None and allocator.tightens()
 
 
-def expect(recipe: Recipe) -> None:
-    """Where there is a bound, let libraries that are imported from here on map little that they never touch."""
-    if recipe.budget.memory is not None or outside.found():
+def expect(memory: str | None) -> None:
+    """Where a budget or the system sets a bound, let libraries that come now map little that they never touch."""
+    if memory is not None or outside.found():
         allocator.tighten()
         if "numpy" not in sys.modules:
             os.environ.setdefault(_PRODUCTS, "1")

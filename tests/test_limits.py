@@ -138,9 +138,8 @@ def test_what_the_system_limits_counts_where_a_run_looks(monkeypatch):
 EXPECTING = """
 import ctypes, os, sys, threading
 from lowres_ft import allocator, limits
-from lowres_ft.recipe import load_recipe
 
-limits.expect(load_recipe("sentiment-lora", sys.argv[1:]))
+limits.expect(*(sys.argv[1:] or [None]))
 print(os.environ.get("OPENBLAS_NUM_THREADS"))
 begun, ended = threading.Semaphore(0), threading.Event()
 
@@ -161,18 +160,14 @@ print((now.data - before.data) >> 20 > 16, (now.mapped - before.mapped) >> 20 > 
 
 @linux
 @pytest.mark.parametrize(
-    ("overrides", "said", "told"),
-    [
-        ((), None, "None True True"),
-        (("budget.memory=4GiB",), None, "1 False False"),
-        (("budget.memory=auto",), "3", "3 False False"),
-    ],
+    ("memory", "said", "told"),
+    [((), None, "None True True"), (("4GiB",), None, "1 False False"), (("auto",), "3", "3 False False")],
 )
-def test_threads_of_a_run_with_a_bound_map_little(overrides, said, told, monkeypatch):
+def test_threads_of_a_run_with_a_bound_map_little(memory, said, told, monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     if said is not None:
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
-    done = python(EXPECTING, *overrides)
+    done = python(EXPECTING, *memory)
     assert done.stdout.split() == told.split(), done.stderr
 
 

@@ -75,7 +75,7 @@ def curve(
 
     loaded = load_recipe(name, overrides or [])
     least.require(loaded, device)
-    limits.expect(loaded)
+    limits.expect(loaded.budget.memory)
     wanted = _numbers(sizes)
     from lowres_ft import curve as curves
     from lowres_ft import plotting
