@@ -130,10 +130,8 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
     if (least := needs(recipe, last)) <= most:
         at = bisect_left(several, True, hi=len(several) - 1, key=lambda one: needs(recipe, one) <= most)
         return several[at]
-    if least <= _NEARLY * most:  # where a layer is small, what is meant to be more frugal may need a little more
-        for one in several:
-            if needs(recipe, one) <= most:
-                return one
+    if (found := _less(recipe, several, most, needs)) is not None:
+        return found
 
     def frugal(changed: Recipe) -> int:
         *_others, by = plans(changed, _by(changed, plan), profile)
@@ -145,6 +143,20 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
         f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}",
         hint=told or "Use a smaller base.",
     )
+
+
+def _less(recipe: Recipe, several: Sequence[Plan], most: int, needs: Needs) -> Plan | None:
+    """A plan that fits though the last one does not: where a layer is small, a more frugal one may need a little more.
+
+    It is looked for from the last one on, as long as they nearly fit.
+    """
+    found = None
+    for one in reversed(several):
+        if (needed := needs(recipe, one)) <= most:
+            found = one
+        elif found is not None or needed > _NEARLY * most:
+            break
+    return found
 
 
 def advice(recipe: Recipe, machine: Machine) -> str:

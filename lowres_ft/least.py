@@ -88,7 +88,7 @@ def _bound(recipe: Recipe, device: str) -> _Bound | None:
     found = [] if told in (None, "auto") else [_Bound(parse_bytes(str(told)), "budget.memory", "")]
     if told is not None and _computes_itself(device) and (limit := outside.tightest()) is not None:
         found.append(_Bound(limit[1], limit[0], f" by {limit[0]}, which the system sets"))
-    return min(found, default=None)
+    return min(found, key=lambda bound: bound.most, default=None)
 
 
 def _hint(outline: Outline, recipe: Recipe, needed: int, most: int) -> str:

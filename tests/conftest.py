@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.backends.backend_svg  # noqa: F401 (runs here then draw their reports without a child)
 import pytest
 import torch
 

@@ -52,6 +52,8 @@ def test_a_limit_below_what_a_run_takes_at_least_is_told_by_its_name(monkeypatch
         with pytest.raises(ModelError, match=r"^RLIMIT_DATA: 300 MiB are less than the ") as caught:
             least.require(load_recipe("sentiment-lora", [f"budget.memory={told}"]))
         assert "leave it out" not in caught.value.hint
+    with pytest.raises(ModelError, match=r"^budget.memory: 300 MiB are less than the "):  # which says the same
+        least.require(load_recipe("sentiment-lora", ["budget.memory=300MiB"]))
     most = least.libraries("cpu") + MIB
     monkeypatch.setattr(outside, "tightest", lambda: ("RLIMIT_AS", most))
     with pytest.raises(ModelError, match=r"may take \d+ MiB by RLIMIT_AS, which the system sets: libraries take"):
