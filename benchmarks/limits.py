@@ -10,7 +10,6 @@ share is refused, which is told as it is. This process imports nothing heavy.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -82,6 +81,8 @@ def watched(arguments: Sequence[str], most: int | None = None) -> Outcome:
 
 def _hold(most: int) -> None:
     """Let this process, and those that it begins, have no more data than `most` bytes."""
+    import resource
+
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 

@@ -190,24 +190,28 @@ class Taken(NamedTuple):
     """All of them, touched or not (VmSize, which RLIMIT_AS limits)."""
     resident: int
     """In memory (VmRSS)."""
-    in_files: int
-    """Of those: in files, such as code."""
     data: int
-    """Mapped privately, to be written to (VmData, which RLIMIT_DATA limits, and the stack)."""
+    """Mapped privately, to be written to (VmData, which RLIMIT_DATA limits)."""
 
 
 def taken() -> Taken:
     """What this process takes now, on Linux."""
-    mapped, resident, in_files, _, _, data, _ = map(int, Path("/proc/self/statm").read_text().split())
-    return Taken(*(mmap.PAGESIZE * pages for pages in (mapped, resident, in_files, data)))
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB"))
+    told = {name: int(value) * 1024 for name, value, _ in lines}
+    return Taken(told["VmSize:"], told["VmRSS:"], told["VmData:"])
 
 
 def resident() -> int:
-    """Bytes of this process that are resident, on Linux."""
-    return taken().resident
+    """Bytes of this process that are resident, on Linux; told sooner than by `taken`."""
+    return _pages()[1] * mmap.PAGESIZE
 
 
 def written() -> int:
     """Those of them that lie in no file, on Linux."""
-    now = taken()
-    return now.resident - now.in_files
+    _, all_of_it, in_files, *_ = _pages()
+    return (all_of_it - in_files) * mmap.PAGESIZE
+
+
+def _pages() -> list[int]:
+    """Pages that are mapped, that are resident, that are resident of files, and others."""
+    return list(map(int, Path("/proc/self/statm").read_text().split()))

@@ -139,8 +139,9 @@ def settle(recipe: Recipe, plan: Plan, profile: Profile, most: int, needs: Needs
 
     fewer = changes.Ways(last.dtype, last.device, frugal)
     told = f"{fewer.listed(recipe, least)}; {fewer.together(recipe, least, most).told(most)}".strip("; ")
+    by = outside.named(most) if plan.device == "cpu" else ""
     raise ModelError(
-        f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}",
+        f"this run needs {show_bytes(least)} at least, and may take {show_bytes(most)}{by}",
         hint=told or "Use a smaller base.",
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as bytes_from
 from torch import Tensor
 
@@ -32,6 +33,7 @@ _LOADED = (
     *("*config.json", "*.index.json", "token*.json", "special*.json", "added*.json", "vocab.*", "merges.txt"),
 )
 """Files that transformers or PEFT would read, by name."""
+_LOADING = 1.5  # times its weights, that a model may take as it is loaded: the largest is there twice
 _TOLERANCE = 1e-3  # of fp32 logits, on another machine or with other versions
 _RELOADED = 2e-2  # of logits in the dtype trained in; a lost head or a wrong name moves them by whole units
 
@@ -79,11 +81,11 @@ class Bundle:
         quantize: str | None = None,
         base: str | None = None,
         progress: Progress | None = None,
-        passing: bool = False,
+        room: int | None = None,
     ) -> tuple[Adapted, Plan]:
         """Load the model as it was trained and measured, or in another dtype or storage.
 
-        With `passing`, its layers pass through memory where they can, which changes no bit of what it computes.
+        Where it may need more than `room` bytes, layers pass if they can, which changes no bit of what it computes.
         An adapter that corrects quantization belongs to the quantized base: for it, `quantize="none"` means the weights
         that the quantized base computes with, held plain.
 
@@ -103,7 +105,9 @@ class Bundle:
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
         plan = plans.make(wanted, profile, machine, like=self.passport.plan)
-        if passing and not plans.why_resident(wanted, profile, machine.kind):
+        itemsize = getattr(torch, plan.dtype).itemsize
+        tight = room is not None and _LOADING * itemsize * profile.parameters > room
+        if tight and wanted.budget.offload != "none" and not plans.why_resident(wanted, profile, machine.kind):
             plan = plan.model_copy(update={"offload": "layers"})
         adapted = model.load(wanted, found, profile, plan, load_tokenizer(self.folder), new=False)
         if dequantize:
@@ -248,8 +252,8 @@ def write(folder: Path, adapted: Adapted, resolved: Recipe) -> None:
 def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tensor | None) -> Bundle:
     """Load a written bundle anew, see that it computes what was measured, and write probe and passport, the last file.
 
-    Its logits are recorded in fp32, for which weights may take twice what they took in training: where memory is
-    bounded, layers pass.
+    Its logits are recorded in fp32, for which weights may take twice what they took in training: where a bound leaves
+    too little for that, layers pass.
 
     Raises:
         BundleError: The reloaded model's logits are not those of the trained one.
@@ -257,7 +261,7 @@ def seal(bundle: Bundle, machine: Machine, probed: Probe | None, expected: Tenso
     if probed is not None and expected is not None:
         _require_same(bundle, machine, probed, expected)
         limits.trim()  # of that model
-        reference, _ = bundle.load(machine, dtype="float32", passing=limits.held_now())
+        reference, _ = bundle.load(machine, dtype="float32", room=limits.left())
         write_bytes(bundle.folder / PROBE, bytes_from(probed.tensors() | {"logits": probed.logits(reference)}))
     files = {path.name: _record(path) for path in sorted(bundle.folder.iterdir()) if path.name != PASSPORT}
     return replace(bundle, passport=passports.write(bundle.folder / PASSPORT, bundle.passport, files))
@@ -269,7 +273,7 @@ def _require_same(bundle: Bundle, machine: Machine, probed: Probe, expected: Ten
     Raises:
         BundleError: It does not.
     """
-    adapted, _ = bundle.load(machine, passing=limits.held_now())
+    adapted, _ = bundle.load(machine, room=limits.left())
     gap = float((probed.logits(adapted) - expected).abs().max())
     if not gap <= _RELOADED:
         raise BundleError(f"the saved adapter, loaded again, changes logits by up to {gap:.2g}; nothing was kept")

@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 from lowres_ft.errors import LowresError
 from lowres_ft.sizes import show_bytes
 
-_PART = 2**20  # bytes
 _LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
@@ -18,18 +17,17 @@ def read_bytes(path: Path, most: int, kind: type[LowresError]) -> bytes:
     Raises:
         kind: It is larger, or cannot be read.
     """
-    content = bytearray()
     try:
         with open(path, "rb") as file:
-            while len(content) <= most and (
-                part := file.read(_PART)
-            ):  # all at once, room for `most` would be asked for
-                content += part
+            size = min(most, os.fstat(file.fileno()).st_size)  # room for `most` is not asked for
+            content = file.read(size + 1)
+            if len(content) > size:  # it grows, or says nothing of its size
+                content += file.read(most - size)
     except OSError as error:
         raise kind(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(content) > most:
         raise kind(f"{path} is larger than {show_bytes(most)}", hint="No file of this kind is that large.")
-    return bytes(content)
+    return content
 
 
 def read_json(path: Path, most: int, kind: type[LowresError]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import os
 import sys
 from ctypes.util import find_library
 from math import prod
-from typing import NamedTuple
 
 from lowres_ft import changes, headers, limits, outside, tables
 from lowres_ft.errors import ModelError
@@ -42,11 +41,12 @@ def require_libraries(recipe: Recipe, device: str = "auto") -> None:
     Raises:
         ModelError: It does not.
     """
-    bound, needed = _bound(recipe, device), libraries(device)
-    if bound is not None and bound.most < needed:
-        out = "" if bound.told else " Or leave it out, and there is no bound."
+    most, needed = _bound(recipe, device), libraries(device)
+    if most is not None and most < needed:
+        by = outside.named(most)
+        out = "" if by else " Or leave it out, and there is no bound."
         raise ModelError(
-            f"{bound.name}: {show_bytes(bound.most)} are less than the {show_bytes(needed)} that libraries alone take, "
+            f"budget.memory: {show_bytes(most)}{by} are less than the {show_bytes(needed)} that libraries alone take, "
             "before any weight",
             hint=f"Give it more; `lowres-ft plan` tells how much a run needs.{out}",
         )
@@ -59,36 +59,28 @@ def require(recipe: Recipe, device: str = "auto") -> None:
         ModelError: It does not; the hint lists changes and what each saves, as far as can be told so.
     """
     require_libraries(recipe, device)
-    bound = _bound(recipe, device)
-    if bound is None or not _computes_itself(device):
+    most = _bound(recipe, device)
+    if most is None or not on_processor(device):
         return
-    outline, most = Outline.of(recipe.model.base), bound.most
+    outline = Outline.of(recipe.model.base)
     if most < (needed := given(outline, recipe)):
         parts = libraries("cpu"), tensors(outline, recipe)
         taken, read, spare = map(show_bytes, (*parts, needed - sum(parts)))
+        may = f"{show_bytes(most)}{outside.named(most)}"
         raise ModelError(
-            f"this run needs {show_bytes(needed)} at least, and may take {show_bytes(most)}{bound.told}: libraries "
-            f"take {taken}, weights, with what is read or trained beside them, {read}, and {spare} are spared",
+            f"this run needs {show_bytes(needed)} at least, and may take {may}: libraries take {taken}, "
+            f"weights, with what is read or trained beside them, {read}, and {spare} are spared",
             hint=_hint(outline, recipe, needed, most),
         )
 
 
-class _Bound(NamedTuple):
-    most: int
-    """In bytes."""
-    name: str
-    """Of what sets it."""
-    told: str
-    """What that is, where it is not the recipe."""
-
-
-def _bound(recipe: Recipe, device: str) -> _Bound | None:
-    """What a run may take, as the recipe says, or the system where that is less and a processor computes."""
+def _bound(recipe: Recipe, device: str) -> int | None:
+    """Bytes that a run may take, as its recipe says, or the system where that is less and a processor computes."""
     told = recipe.budget.memory
-    found = [] if told in (None, "auto") else [_Bound(parse_bytes(str(told)), "budget.memory", "")]
-    if told is not None and _computes_itself(device) and (limit := outside.tightest()) is not None:
-        found.append(_Bound(limit[1], limit[0], f" by {limit[0]}, which the system sets"))
-    return min(found, key=lambda bound: bound.most, default=None)
+    found = [] if told in (None, "auto") else [parse_bytes(str(told))]
+    if told is not None and on_processor(device) and (limit := outside.tightest()) is not None:
+        found.append(limit[1])
+    return min(found, default=None)
 
 
 def _hint(outline: Outline, recipe: Recipe, needed: int, most: int) -> str:
@@ -162,7 +154,7 @@ def _bytes_as_they_are(recipe: Recipe) -> float:
     return _SINGLE if recipe.model.dtype == "float32" else 2
 
 
-def _computes_itself(device: str) -> bool:
+def on_processor(device: str) -> bool:
     """Whether it is the processor that computes, as far as can be seen."""
     return device == "cpu" or (device == "auto" and not _may_have_gpu())
 

@@ -39,7 +39,7 @@ _SHARE, _LEAST = 0.05, 512 * 2**20
 _DOUBT = 0.05  # of what is told, by which the truth may lie above
 SPARE = 32 * 2**20
 """Bytes below a bound, in which libraries still find what little they need."""
-_PRODUCTS = "OPENBLAS_NUM_THREADS"  # each of which has 32 MiB; of NumPy's products, which are few
+_PRODUCTS = "OPENBLAS_NUM_THREADS"  # each of which has 32 MiB; NumPy's own products are few
 _WARM = 2**20  # elements: enough for all threads of PyTorch to begin
 
 
@@ -66,10 +66,16 @@ def tightens(recipe: Recipe, device: str) -> bool:
 
 def expect(memory: str | None) -> None:
     """Where a budget or the system sets a bound, let libraries that come now map little that they never touch."""
-    if memory is not None or outside.found():
+    if not allocator.tightens() or not (memory is not None or outside.found()):
+        return
+    if memory is None:
+        allocator.share()
+    else:
         allocator.tighten()
-        if "numpy" not in sys.modules:
-            os.environ.setdefault(_PRODUCTS, "1")
+    if "numpy" not in sys.modules and _PRODUCTS not in os.environ:
+        os.environ[_PRODUCTS] = "1"
+        start_products()
+        del os.environ[_PRODUCTS]  # which other libraries, and other processes, read too
 
 
 @contextmanager
@@ -100,7 +106,7 @@ def held(most: int | None, device: str, listen: Listener) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Limit:
-    """A bound of this process's resident memory."""
+    """A bound of this process's resident memory, beside limits of what it maps."""
 
     most: int
     outside: tuple[Outside, ...] = ()
@@ -112,13 +118,12 @@ class Limit:
         Raises:
             MemoryError: The bound is reached.
         """
-        now = allocator.taken()
-        if now.resident > self.most - SPARE:
-            raise MemoryError(f"{show_bytes(now.resident)} are resident, and {show_bytes(self.most)} may be")
+        if (taken := allocator.resident()) > self.most - SPARE:
+            raise MemoryError(f"{show_bytes(taken)} are resident, and {show_bytes(self.most)} may be")
         for limit in self.outside:
-            if limit.left(now) < SPARE:
-                taken, most = show_bytes(limit.taken(now)), show_bytes(limit.most)
-                raise MemoryError(f"{taken} are mapped, and {most} may be, as {limit.name} says")
+            if limit.left(now := allocator.taken()) < SPARE:
+                counted, most = show_bytes(limit.counted(now)), show_bytes(limit.most)
+                raise MemoryError(f"{counted} are mapped, and {most} may be, as {limit.name} says")
 
     @classmethod
     def now(cls, most: int) -> "Limit":
@@ -127,13 +132,14 @@ class Limit:
         Raises:
             OutOfMemoryError: The process takes more already.
         """
+        allocator.tighten()
         _start_threads()
         start_products()
-        allocator.tighten()
         trim()
         if (taken := allocator.resident()) >= most:
             raise OutOfMemoryError(
                 f"this process takes {show_bytes(taken)} before the base is loaded, and may take {show_bytes(most)}"
+                + outside.named(most)
             )
         return cls(most, outside.found())
 
@@ -151,6 +157,14 @@ _limit: Limit | None = None  # it is of the process, so there is one
 def held_now() -> bool:
     """Whether this process is held to a bound of its resident memory."""
     return _limit is not None
+
+
+def left() -> int | None:
+    """Bytes that this process may still have within its bound; None where it has none."""
+    if _limit is None:
+        return None
+    now = allocator.taken()
+    return min([_limit.most - SPARE - now.resident, *(limit.left(now) - SPARE for limit in _limit.outside)])
 
 
 def room_beside() -> int | None:

@@ -20,17 +20,17 @@ class Outside:
     most: int
     """In bytes."""
 
-    def taken(self, now: Taken) -> int:
+    def counted(self, now: Taken) -> int:
         """Bytes that count against it."""
         return now.data if self.name == "RLIMIT_DATA" else now.mapped
 
     def left(self, now: Taken) -> int:
         """Bytes that a process may still have, less than nothing where it has more than it may."""
-        return self.most - self.taken(now)
+        return self.most - self.counted(now)
 
-    def resident(self, now: Taken) -> int:
+    def may_be_resident(self, now: Taken) -> int:
         """Bytes that may be resident: all, but for what is mapped and is not."""
-        return self.most - max(0, self.taken(now) - now.resident)
+        return self.most - max(0, self.counted(now) - now.resident)
 
 
 def found() -> tuple[Outside, ...]:
@@ -49,4 +49,10 @@ def tightest() -> tuple[str, int] | None:
     if not limits:
         return None
     now = allocator.taken()
-    return min(((limit.name, limit.resident(now)) for limit in limits), key=lambda one: one[1])
+    return min(((limit.name, limit.may_be_resident(now)) for limit in limits), key=lambda one: one[1])
+
+
+def named(most: int) -> str:
+    """In words: which of them lets this process have `most` bytes, where one lets it have no more."""
+    limit = tightest()
+    return f" by {limit[0]}, which the system sets" if limit is not None and limit[1] <= most else ""

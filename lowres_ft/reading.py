@@ -55,7 +55,7 @@ def options(
     if spec.quantize != "none":
         quantize.require_library(spec.quantize)
     return {
-        "dtype": "auto",
+        "dtype": dtype if spec.quantize == "none" else "auto",
         "device_map": {"": device if passing is None else "cpu"},
         "quantization_config": _Config(spec, device, keep, dtype, passing),
     }
@@ -183,9 +183,10 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
 
     def _filled(self, room: Tensor, value: Tensor) -> Tensor:
         """A room in a file with the values of a tensor, a part at once: the pages of each go before the next."""
-        rows = max(1, _PART * len(room) // max(1, room.numel() * room.element_size()))
-        for begin in range(0, len(room), rows):
-            room[begin : begin + rows].copy_(value[begin : begin + rows])
+        to, of = (room, value) if room.is_contiguous() else (room.t(), value.t())
+        rows = max(1, _PART * len(to) // max(1, to.numel() * to.element_size()))
+        for begin in range(0, len(to), rows):
+            to[begin : begin + rows].copy_(of[begin : begin + rows])
             mapped.drop([block for block in self.blocks if block.place(room) is not None])
         return room
 

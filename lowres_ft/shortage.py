@@ -21,7 +21,7 @@ T = TypeVar("T")
 _SAID = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
     r"|MPS backend out of memory|std::bad_alloc|can't start new thread"
-    r"|Cannot allocate memory"  # of a library that is written in Rust
+    r"|unable to mmap .*Cannot allocate memory"
     r"|could not create an? (primitive(?! descriptor)|memory|engine)"  # of a descriptor it says what is not supported
 )
 

@@ -48,7 +48,7 @@ def unmapped(*, for_a_moment: bool = False) -> Iterator[None]:
         if options.get("backend", "mmap") != "mmap":
             return mapping(path, *args, **options)
         found = mapping(path, *args, **options | {"backend": "pread"})  # a map of the file would count as data
-        if "backend" not in options:  # nothing but headers is asked for
+        if "backend" not in options:  # transformers looks for dtypes in the headers
             return found
         return _File(files.enter_context(open(path, "rb", buffering=0)), found, for_a_moment)
 

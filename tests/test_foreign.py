@@ -32,3 +32,19 @@ def test_a_file_holds_no_more_than_it_may(tmp_path: Path, most: int):
         return
     with pytest.raises(ModelError, match=r"vocab.json is larger than 3.0 MiB"):
         foreign.read_bytes(path, most, ModelError)
+
+
+def test_a_file_is_held_once(tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(bytes(8 * MIB))
+    tracemalloc.start()
+    try:
+        assert len(foreign.read_bytes(path, 64 * MIB, ModelError)) == 8 * MIB
+        assert tracemalloc.get_traced_memory()[1] < 10 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="every file says its size here")
+def test_a_file_that_says_nothing_of_its_size_is_read():
+    assert b"VmRSS" in foreign.read_bytes(Path("/proc/self/status"), MIB, ModelError)

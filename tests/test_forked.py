@@ -116,22 +116,40 @@ print(forked.result(learn, forked.SCIKIT_LEARN, room=200 * {MIB}))
 
 
 @LINUX
-@pytest.mark.parametrize("name", ["SCIKIT_LEARN", "MATPLOTLIB"])
-def test_a_library_takes_no_more_than_is_said(name):
-    code = f"""
+def test_scikit_learn_takes_no_more_than_is_said():
+    code = """
 from lowres_ft import deferred
 deferred.begin()  # as a command does
 import lowres_ft.pipeline, transformers
 from lowres_ft import allocator, forked
-from lowres_ft.page import charts
 before = allocator.written()
-forked.{name}.begin()
-if {name!r} == "MATPLOTLIB":
-    charts.loss([(step, 1 / step) for step in range(1, 300)])
+forked.SCIKIT_LEARN.begin()
 print(allocator.written() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < getattr(forked, name).takes
+    assert int(done.stdout) < forked.SCIKIT_LEARN.takes
+
+
+@LINUX
+def test_a_report_is_drawn_in_a_child_as_here_and_takes_no_more_than_is_said(trained):
+    code = """
+import json, sys
+from functools import partial
+from pathlib import Path
+import lowres_ft.pipeline
+from lowres_ft import allocator, forked, page
+found = json.loads(Path(sys.argv[1]).read_bytes())
+drawn = forked.result(partial(page.render, found), brings=forked.MATPLOTLIB, room=200 << 20)
+print("matplotlib" in sys.modules)
+before = allocator.written()
+print(page.render(found) == drawn)
+print(allocator.written() - before)
+"""
+    report = trained("bert").folder / "report.json"
+    done = subprocess.run([sys.executable, "-c", code, str(report)], capture_output=True, text=True, check=True)
+    *told, taken = done.stdout.split()
+    assert told == ["False", "True"]
+    assert int(taken) < forked.MATPLOTLIB.takes
 
 
 @LINUX

@@ -124,8 +124,9 @@ def test_an_interrupt_waits_until_what_computes_has_ended(where, told):
 
 @linux
 def test_what_the_system_limits_counts_where_a_run_looks(monkeypatch):
-    taken = allocator.Taken(mapped=2000 * MIB, resident=500 * MIB, in_files=150 * MIB, data=600 * MIB)
+    taken = allocator.Taken(mapped=2000 * MIB, resident=500 * MIB, data=600 * MIB)
     monkeypatch.setattr(allocator, "taken", lambda: taken)
+    monkeypatch.setattr(allocator, "resident", lambda: taken.resident)
     limits.Limit(700 * MIB, (Outside("RLIMIT_DATA", 632 * MIB), Outside("RLIMIT_AS", 2032 * MIB))).look()
     with pytest.raises(MemoryError, match="600 MiB are mapped, and 631 MiB may be, as RLIMIT_DATA says"):
         limits.Limit(700 * MIB, (Outside("RLIMIT_DATA", 631 * MIB),)).look()
@@ -136,11 +137,13 @@ def test_what_the_system_limits_counts_where_a_run_looks(monkeypatch):
 
 
 EXPECTING = """
-import ctypes, os, sys, threading
+import ctypes, os, resource, sys, threading
 from lowres_ft import allocator, limits
 
-limits.expect(*(sys.argv[1:] or [None]))
-print(os.environ.get("OPENBLAS_NUM_THREADS"))
+if sys.argv[1] == "limit":
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, -1))
+limits.expect(None if sys.argv[1] in ("none", "limit") else sys.argv[1])
+told = os.environ.get("OPENBLAS_NUM_THREADS")
 begun, ended = threading.Semaphore(0), threading.Event()
 
 def work():
@@ -154,27 +157,47 @@ for _ in range(4):
     begun.acquire()
 now = allocator.taken()
 ended.set()
-print((now.data - before.data) >> 20 > 16, (now.mapped - before.mapped) >> 20 > 128)
+import numpy, scipy.linalg
+from threadpoolctl import threadpool_info
+print(told, (now.data - before.data) >> 20 > 16, (now.mapped - before.mapped) >> 20 > 128, allocator._tightened)
+print(*(one["num_threads"] for one in threadpool_info() if "numpy" in one["filepath"]))
 """
 
 
 @linux
 @pytest.mark.parametrize(
-    ("memory", "said", "told"),
-    [((), None, "None True True"), (("4GiB",), None, "1 False False"), (("auto",), "3", "3 False False")],
+    ("bound", "said", "told"),
+    [
+        ("none", "2", "2 True True False 2"),
+        ("4GiB", None, "None False False True 1"),
+        ("auto", "2", "2 False False True 2"),
+        ("limit", None, "None False False False 1"),
+    ],
 )
-def test_threads_of_a_run_with_a_bound_map_little(memory, said, told, monkeypatch):
+def test_threads_of_a_run_with_a_bound_map_little(bound, said, told, monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     if said is not None:
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
-    done = python(EXPECTING, *memory)
+    done = python(EXPECTING, bound)
     assert done.stdout.split() == told.split(), done.stderr
+
+
+@linux
+def test_what_is_left_lies_within_all_limits(monkeypatch):
+    taken = allocator.Taken(mapped=2000 * MIB, resident=500 * MIB, data=600 * MIB)
+    monkeypatch.setattr(allocator, "taken", lambda: taken)
+    assert limits.left() is None
+    monkeypatch.setattr(limits, "_limit", limits.Limit(700 * MIB))
+    assert limits.left() == (700 - 500 - 32) * MIB
+    monkeypatch.setattr(limits, "_limit", limits.Limit(700 * MIB, (Outside("RLIMIT_DATA", 650 * MIB),)))
+    assert limits.left() == (650 - 600 - 32) * MIB
 
 
 @linux
 def test_a_child_has_what_a_bound_leaves_beside_this_process(monkeypatch):
     assert limits.room_beside() is None
-    taken = allocator.Taken(mapped=9000 * MIB, resident=500 * MIB, in_files=0, data=600 * MIB)
+    taken = allocator.Taken(mapped=9000 * MIB, resident=500 * MIB, data=600 * MIB)
     monkeypatch.setattr(allocator, "taken", lambda: taken)
     for most, room in ((700, 200 - 64), (550, 50 - 64)):
         monkeypatch.setattr(limits, "_limit", limits.Limit(most * MIB))

@@ -235,6 +235,7 @@ def test_the_untouched_base_is_asked_twice(chat_bases, chats, tmp_path, monkeypa
     [
         RuntimeError("shapes do not match"),
         RuntimeError("could not create a primitive descriptor for the matmul primitive"),
+        RuntimeError("NCCL: Call to ibv_reg_mr failed with error Cannot allocate memory"),
         *(ValueError("out of memory"), KeyError("memory")),
     ],
 )
@@ -242,7 +243,11 @@ def test_other_errors_are_not_taken_for_it(error):
     assert not shortage.ran_out(error)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, lambda: RuntimeError("could not create a primitive")])
+def unmapped_file() -> RuntimeError:
+    return RuntimeError("unable to mmap 90868376 bytes from file </model.safetensors>: Cannot allocate memory (12)")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, unmapped_file, lambda: RuntimeError("could not create a primitive")])
 def test_what_libraries_say_is_known_and_kept(kind):
     error = kind()
     assert shortage.ran_out(error)

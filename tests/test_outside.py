@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,13 +12,13 @@ from lowres_ft.outside import Outside
 from lowres_ft.recipe import load_recipe
 
 MIB = 2**20
-TAKEN = allocator.Taken(mapped=900 * MIB, resident=400 * MIB, in_files=100 * MIB, data=350 * MIB)
+TAKEN = allocator.Taken(mapped=900 * MIB, resident=400 * MIB, data=350 * MIB)
 
 
 def test_a_limit_says_what_is_left_and_what_may_be_resident():
     data, everything = Outside("RLIMIT_DATA", 1000 * MIB), Outside("RLIMIT_AS", 1000 * MIB)
-    assert (data.left(TAKEN), data.resident(TAKEN)) == (650 * MIB, 1000 * MIB)
-    assert (everything.left(TAKEN), everything.resident(TAKEN)) == (100 * MIB, 500 * MIB)
+    assert (data.left(TAKEN), data.may_be_resident(TAKEN)) == (650 * MIB, 1000 * MIB)
+    assert (everything.left(TAKEN), everything.may_be_resident(TAKEN)) == (100 * MIB, 500 * MIB)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they hold nothing")
@@ -49,16 +50,27 @@ def test_a_limit_below_what_a_run_takes_at_least_is_told_by_its_name(monkeypatch
     monkeypatch.setattr(least, "_may_have_gpu", lambda: False)
     monkeypatch.setattr(outside, "tightest", lambda: ("RLIMIT_DATA", 300 * MIB))
     for told in ("2GiB", "auto"):
-        with pytest.raises(ModelError, match=r"^RLIMIT_DATA: 300 MiB are less than the ") as caught:
+        said = r"^budget.memory: 300 MiB by RLIMIT_DATA, which the system sets are less than the "
+        with pytest.raises(ModelError, match=said) as caught:
             least.require(load_recipe("sentiment-lora", [f"budget.memory={told}"]))
         assert "leave it out" not in caught.value.hint
-    with pytest.raises(ModelError, match=r"^budget.memory: 300 MiB are less than the "):  # which says the same
-        least.require(load_recipe("sentiment-lora", ["budget.memory=300MiB"]))
+    with pytest.raises(ModelError, match=r"^budget.memory: 299 MiB are less than the "):  # which is less
+        least.require(load_recipe("sentiment-lora", ["budget.memory=299MiB"]))
     most = least.libraries("cpu") + MIB
     monkeypatch.setattr(outside, "tightest", lambda: ("RLIMIT_AS", most))
     with pytest.raises(ModelError, match=r"may take \d+ MiB by RLIMIT_AS, which the system sets: libraries take"):
         least.require(load_recipe("sentiment-lora", ["budget.memory=auto"]))
     least.require(load_recipe("sentiment-lora", []))  # which sets no bound, so that nothing is told before it is tried
+
+
+def test_a_plan_that_fits_nowhere_names_the_limit(monkeypatch):
+    recipe, plan = load_recipe("sentiment-lora", []), SimpleNamespace(device="cpu", dtype="bfloat16")
+    monkeypatch.setattr(budget, "plans", lambda *_: iter([plan]))
+    for limit, told in ((None, ""), (("RLIMIT_DATA", 5 * MIB), " by RLIMIT_DATA, which the system sets")):
+        monkeypatch.setattr(outside, "tightest", lambda limit=limit: limit)
+        with pytest.raises(ModelError) as caught:
+            budget.settle(recipe, plan, None, 5 * MIB, lambda *_: 9 * MIB)
+        assert caught.value.message == f"this run needs 9.0 MiB at least, and may take 5.0 MiB{told}"
 
 
 def test_a_run_without_a_bound_that_runs_out_hears_of_the_limit(monkeypatch):

@@ -1,7 +1,9 @@
 """Layers that pass through room for two of them: the same bits, and never more than two resident."""
 
 import gc
+import json
 import re
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowres_ft import bases as base_module
@@ -92,21 +94,49 @@ def test_weights_that_are_written_part_by_part_are_the_same(
     both(lambda *more: recipe(deep(bases, architecture), reviews, *METHODS["lora"], *more), tmp_path)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "albert"])  # of which one cannot pass
-def test_where_memory_is_bounded_a_bundle_is_sealed_with_layers_that_pass(
-    architecture: str, bases: Bases, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("architecture", "offload", "room", "passes"),
+    [
+        *(("bert", "auto", 0, True), ("bert", "auto", 2**30, False), ("bert", "none", 0, False)),
+        ("albert", "auto", 0, False),  # which cannot
+    ],
+)
+def test_where_a_bound_leaves_little_a_bundle_is_sealed_with_layers_that_pass(
+    architecture: str,
+    offload: str,
+    room: int,
+    passes: bool,
+    bases: Bases,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    loaded, load = [], model.load
+    loaded: list[Any] = []
+    load = model.load
     monkeypatch.setattr(model, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
-    wanted = recipe(deep(bases, architecture), reviews, "train.steps=2")
+    wanted = recipe(deep(bases, architecture), reviews, "train.steps=2", f"budget.offload={offload}")
     plain = run(wanted, tmp_path / "plain", device_name="cpu")
     assert [one.stream for one in loaded] == [None] * 3  # as it is trained, and sealed in both dtypes
-    monkeypatch.setattr(limits, "held_now", lambda: True)
+    monkeypatch.setattr(limits, "left", lambda: room)
     bounded = run(wanted, tmp_path / "bounded", device_name="cpu")
-    assert loaded[3].stream is None
-    assert [one.stream is not None for one in loaded[4:]] == 2 * [architecture == "bert"]
+    assert [one.stream is not None for one in loaded[3:]] == [False, passes, passes]
     probes = [load_file(bundle.folder / "probe.safetensors") for bundle in (plain, bounded)]
     assert torch.equal(probes[0]["logits"], probes[1]["logits"])
+
+
+@pytest.mark.parametrize(
+    ("held", "said", "dtype"), [("float32", "float16", "float32"), ("bfloat16", "bfloat16", "float32")]
+)
+def test_weights_pass_in_what_files_hold_whatever_the_config_says(
+    held: str, said: str, dtype: str, bases: Bases, reviews: Path, tmp_path: Path
+):
+    base = tmp_path / "base"
+    shutil.copytree(deep(bases, "bert"), base)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: one.to(getattr(torch, held)) for name, one in weights.items()}, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    both(lambda *more: recipe(base, reviews, f"model.dtype={dtype}", *more), tmp_path)
 
 
 @pytest.mark.parametrize("method", STREAMED)

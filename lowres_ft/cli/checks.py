@@ -75,7 +75,8 @@ def curve(
 
     loaded = load_recipe(name, overrides or [])
     least.require(loaded, device)
-    limits.expect(loaded.budget.memory)
+    if least.on_processor(device):
+        limits.expect(loaded.budget.memory)
     wanted = _numbers(sizes)
     from lowres_ft import curve as curves
     from lowres_ft import plotting

@@ -42,7 +42,8 @@ def recipe(
         raise LowresError("--resume goes on and --restart begins anew: not both", hint="Leave one of them out.")
     loaded = load_recipe(name, overrides or [])
     least.require(loaded, device)
-    limits.expect(loaded.budget.memory)
+    if least.on_processor(device):
+        limits.expect(loaded.budget.memory)
     # The heavy libraries come after the recipe is known to be right.
     from lowres_ft import pipeline, preparing
     from lowres_ft.cli import summary
