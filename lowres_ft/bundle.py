@@ -22,6 +22,7 @@ from lowres_ft.model import Adapted
 from lowres_ft.passport import PASSPORT, BaseRecord, FileRecord, Passport
 from lowres_ft.plan import Plan
 from lowres_ft.probes import Probe
+from lowres_ft.profiles import Profile
 from lowres_ft.recipe import Recipe
 from lowres_ft.tokenizing import load_tokenizer
 
@@ -104,11 +105,7 @@ class Bundle:
         }
         wanted = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=changed)})
         profile = profiles.profile(found, wanted.task)
-        plan = plans.make(wanted, profile, machine, like=self.passport.plan)
-        itemsize = getattr(torch, plan.dtype).itemsize
-        tight = room is not None and _LOADING * itemsize * profile.parameters > room
-        if tight and wanted.budget.offload != "none" and not plans.why_resident(wanted, profile, machine.kind):
-            plan = plan.model_copy(update={"offload": "layers"})
+        plan = self._plan(wanted, profile, machine, room)
         adapted = model.load(wanted, found, profile, plan, load_tokenizer(self.folder), new=False)
         if dequantize:
             model.dequantize(adapted)
@@ -118,6 +115,14 @@ class Bundle:
             except ModelError as error:
                 raise BundleError(f"{self.folder / ADAPTER}: {error.message}") from error
         return adapted, behaviour.revise(adapted, plan)[0]
+
+    def _plan(self, wanted: Recipe, profile: Profile, machine: Machine, room: int | None) -> Plan:
+        """How a machine runs it in some dtype and storage, within so many bytes if it can."""
+        plan = plans.make(wanted, profile, machine, like=self.passport.plan)
+        tight = room is not None and _LOADING * getattr(torch, plan.dtype).itemsize * profile.parameters > room
+        if tight and wanted.budget.offload != "none" and not plans.why_resident(wanted, profile, machine.kind):
+            return plan.model_copy(update={"offload": "layers"})
+        return plan
 
     def probe(self) -> Probe | None:
         """The probe rows; None where the bundle was made without."""
