@@ -37,7 +37,6 @@ def main(job: list[str], log: TextIO) -> None:
             print(json.dumps(found), file=log)
 
     lowres_ft.run(shapes.recipe(Path(base), Path(rows), task, int(length), *changes), out, listen=listen)
-    listen(Stage("the end"))
 
 
 if __name__ == "__main__":

@@ -40,9 +40,7 @@ def room(recipe: Recipe, machine: Machine) -> int | None:
     if recipe.budget.memory is None:
         return None
     most = _told(recipe.budget.memory, machine)
-    if machine.kind == "cpu" and (limit := outside.tightest()) is not None:
-        most = min(most, limit[1])
-    return max(1, most)
+    return max(1, outside.within(most) if machine.kind == "cpu" else most)
 
 
 def _told(memory: str, machine: Machine) -> int:

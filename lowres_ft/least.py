@@ -77,10 +77,10 @@ def require(recipe: Recipe, device: str = "auto") -> None:
 def _bound(recipe: Recipe, device: str) -> int | None:
     """Bytes that a run may take, as its recipe says, or the system where that is less and a processor computes."""
     told = recipe.budget.memory
-    found = [] if told in (None, "auto") else [parse_bytes(str(told))]
-    if told is not None and on_processor(device) and (limit := outside.tightest()) is not None:
-        found.append(limit[1])
-    return min(found, default=None)
+    if told is None:
+        return None
+    most = sys.maxsize if told == "auto" else parse_bytes(told)
+    return outside.within(most) if on_processor(device) else most
 
 
 def _hint(outline: Outline, recipe: Recipe, needed: int, most: int) -> str:

@@ -179,8 +179,8 @@ def room_beside() -> int | None:
     if _limit is not None:
         trim()
     now = allocator.taken()
-    left = [] if _limit is None else [_limit.most - 2 * SPARE - now.resident]
-    return min([*left, *(limit.left(now) for limit in outside.found())], default=None)
+    own = [] if _limit is None else [_limit.most - 2 * SPARE - now.resident]
+    return min([*own, *(limit.left(now) for limit in outside.found())], default=None)
 
 
 def apart(call: Callable[[], T]) -> T:

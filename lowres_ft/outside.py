@@ -52,6 +52,12 @@ def tightest() -> tuple[str, int] | None:
     return min(((limit.name, limit.may_be_resident(now)) for limit in limits), key=lambda one: one[1])
 
 
+def within(most: int) -> int:
+    """Bytes that this process may have, of so many that it is to have at the most."""
+    limit = tightest()
+    return most if limit is None else min(most, limit[1])
+
+
 def named(most: int) -> str:
     """In words: which of them lets this process have `most` bytes, where one lets it have no more."""
     limit = tightest()
