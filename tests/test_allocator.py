@@ -212,12 +212,12 @@ if sys.argv[1] == "none":
 import torch
 torch.ones(2**22)
 kept, before = [], allocator.resident()
-for _ in range(20):
+for size in range(10**6, 10**6 + 640, 16):  # where blocks of one size happen to lie, little may be set aside of them
     layers = []
     for _ in range(12):
-        first, second = (torch.ones(10**6, dtype=torch.uint8) for _ in "ab")
+        first, second = (torch.ones(size, dtype=torch.uint8) for _ in "ab")
         kept += [torch.empty(1) for _ in range(4)]  # small things that stay
-        layers.append(torch.ones(10**6, dtype=torch.uint8))
+        layers.append(torch.ones(size, dtype=torch.uint8))
         del first, second
         kept += [torch.empty(1) for _ in range(4)]
     del layers
