@@ -36,6 +36,7 @@ _TIMES = 3  # of which the one in the middle counts
 _APART = 1.5  # by which what was told of time may lie from what was measured
 _FIRST = 1.5  # times what others take, that a process's first step may where it takes seconds
 _FASTER = 0.9  # what a finer cut must take of the plan's, so that noise does not decide on the last bits of a result
+_TOLD = 0.3  # for how much what was told of memory counts beside what was measured: by the squares of their errors
 _NEAR = 0.1  # how far what was told may lie from what was measured
 _STEPS = 32  # of which the one in the middle is timed
 
@@ -155,8 +156,9 @@ def run(
 def _peak(before: int, after: int, told: Memory) -> int:
     """Bytes of a run at most, which had so many `before` its probe and `after` it; the optimizer's are among them.
 
-    What was told, and what was measured with what comes later, err each in its own way: the peak is taken to lie in the
-    middle of them. What was told of a model that it does not know well counts for no more than 10 % beside.
+    What was told, and what was measured with what comes later, err each in its own way: the peak is taken to lie
+    between them, as near to each as its errors are small in runs that no constant was fitted to (`python -m
+    benchmarks.fit` tells them). What was told of a model that is not known well counts for no more than 10 % beside.
     """
     if after == before:  # loading took more than the probe did, and hides what that took
         return max(before, min(told.total, before + (told.later or told.best)))
@@ -164,7 +166,7 @@ def _peak(before: int, after: int, told: Memory) -> int:
         return max(after, told.total)
     measured = after + told.later
     near = min(max(told.total, (1 - _NEAR) * measured), (1 + _NEAR) * measured)
-    return max(after, round((near + measured) / 2))
+    return max(after, round(_TOLD * near + (1 - _TOLD) * measured))
 
 
 def _between(seconds: float, told: float | None) -> float:

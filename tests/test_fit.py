@@ -32,6 +32,18 @@ def test_constants_of_memory_are_found():
     assert all("sixteen" not in constants for constants in of_fp32.values())  # none tells of it, so it stays
 
 
+def test_each_run_is_told_by_constants_of_the_others():
+    several = [
+        held(in_heap, "heap", single=single, peak=440 + beside, tensors=0, grown=round(0.2 * beside))
+        for in_heap, single, beside in ((100, True, 50), (400, False, 230), (200, False, 130), (300, True, 150))
+    ]
+    assert fit.left_out(several) == pytest.approx((0, 0), abs=1e-3)
+    odd = held(200, "heap", single=True, peak=2 * 540, tensors=0, grown=20)  # others tell of 540, and 20 after a probe
+    told, measured = fit.left_out([*several, odd])
+    assert told > 0.5 / 5**0.5 * 0.99
+    assert measured < told
+
+
 def test_what_comes_after_a_probe_is_found_by_itself(monkeypatch):
     table = {
         "heap": {"libraries": 440_000_000, "sixteen": 30_000_000, "fragmentation": 0.5, "growth": 0.9},
