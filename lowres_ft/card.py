@@ -3,6 +3,7 @@
 import html
 import json
 import unicodedata
+from collections.abc import Collection
 from typing import Any
 
 from lowres_ft import quantize, yaml12
@@ -14,8 +15,11 @@ from lowres_ft.verdict import interval, metrics
 _EMBEDDINGS = "They load the base with its embeddings as they were published; lowres-ft alone holds those in int8."
 
 
-def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) -> str:
-    """The card of a bundle whose scores stand in `report`. `pad_token_id` is given where the base sets none."""
+def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None, ends: Collection[int] = ()) -> str:
+    """The card of a bundle whose scores stand in `report`.
+
+    `pad_token_id` is given where the base sets none, and all `ends` of an answer where the base does not know one.
+    """
     trial = bundle.recipe.task.trial
     body = [
         f"# {bundle.recipe.name}",
@@ -29,7 +33,7 @@ def render(bundle: Bundle, report: dict[str, Any], *, pad_token_id: int | None) 
         "## Use",
         f"With lowres-ft: `lowres-ft predict . {trial}`; `lowres-ft verify .` checks files and logits.",
         "With transformers" + ("" if bundle.recipe.method.trains_base else " and peft") + " alone:",
-        f"```python\n{_lines(bundle, pad_token_id)}\n```",
+        f"```python\n{_lines(bundle, pad_token_id, ends)}\n```",
         _EMBEDDINGS if bundle.recipe.model.quantize_embeddings else "",
         bundle.recipe.task.advice,
         _cleaned(bundle),
@@ -102,7 +106,7 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
+def _lines(bundle: Bundle, pad_token_id: int | None, ends: Collection[int]) -> str:
     """Python that loads the bundle."""
     auto = bundle.recipe.task.model_class
     if bundle.recipe.method.trains_base:
@@ -111,7 +115,7 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
                 f"from transformers import AutoTokenizer, {auto}",
                 f'model = {auto}.from_pretrained(".").eval()',
                 'tokenizer = AutoTokenizer.from_pretrained(".")',
-                *_answering(bundle),
+                *_answering(bundle, ends),
             ]
         )
     base = bundle.passport.base
@@ -128,23 +132,24 @@ def _lines(bundle: Bundle, pad_token_id: int | None) -> str:
             f"base = {auto}.from_pretrained({json.dumps(base.name)}{options})",
             'model = PeftModel.from_pretrained(base, ".").eval()',
             'tokenizer = AutoTokenizer.from_pretrained(".")',
-            *_answering(bundle),
+            *_answering(bundle, ends),
         ]
     )
 
 
-def _answering(bundle: Bundle) -> tuple[str, ...]:
+def _answering(bundle: Bundle, ends: Collection[int]) -> tuple[str, ...]:
     """Lines that ask a model that writes; one that can think is asked not to, as it was trained."""
     if not bundle.recipe.task.generates:
         return ()
     template = bundle.folder / "chat_template.jinja"
     thinks = template.is_file() and "enable_thinking" in template.read_text(encoding="utf-8")
+    stops = f", eos_token_id={sorted(ends)}" if ends else ""
     return (
         'messages = [{"role": "user", "content": "Hello."}]',
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
         + (", enable_thinking=False)" if thinks else ")"),
-        "answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        f"answer = model.generate(**inputs, max_new_tokens=64, do_sample=False{stops})",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     )
 

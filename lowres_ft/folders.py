@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lowres_ft import profiles, quantize
 from lowres_ft.errors import ModelError
 from lowres_ft.model import Adapted
+from lowres_ft.tasks import _templates
 from lowres_ft.tasks.base import Task
 
 
@@ -18,6 +19,8 @@ def save_plain(adapted: Adapted, folder: Path) -> None:
     for field in ("pad_token_id", "architectures", "dtype"):
         setattr(config, field, getattr(adapted.model.config, field))
     adapted.model.config = config
+    if adapted.task.generates:  # other programs end an answer by what stands here, whatever the template writes
+        adapted.model.generation_config.eos_token_id = _templates.answer_ends(adapted.tokenizer, adapted.model)
     with profiles.quiet():
         adapted.model.save_pretrained(folder)
 

@@ -30,10 +30,8 @@ class Writer:
         assert isinstance(adapted.task, Chat)
         self.adapted = adapted
         self.most = max_new_tokens or adapted.task.max_new_tokens
-        own = getattr(adapted.model.generation_config, "eos_token_id", None)
-        ends = {*_templates.turn_ends(adapted.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
         drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else _GREEDY
-        self.ends = sorted(ends)
+        self.ends = _templates.answer_ends(adapted.tokenizer, adapted.model)
         self.config = GenerationConfig(
             max_new_tokens=self.most, eos_token_id=self.ends, pad_token_id=adapted.tokenizer.pad_token_id, **drawn
         )
@@ -72,7 +70,8 @@ class Writer:
         return room is None or len(self._prompt(example)) + self.most <= room
 
     def _text(self, ids: list[int]) -> str:
-        """What tokens of an answer say."""
+        """What tokens of an answer say; the one that ends it may be marked as no special one."""
+        ids = ids[:-1] if ids and ids[-1] in self.ends else ids
         text = self.adapted.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
@@ -159,6 +158,14 @@ class Session:
 
     def _example(self) -> Conversation:
         return Conversation("this conversation", [*self.opening, *self.turns])
+
+
+def unknown_ends(adapted: Adapted) -> list[int]:
+    """Ids that end an answer, where the model by itself does not stop after each of them; else none."""
+    if not adapted.task.generates:
+        return []
+    found = _templates.answer_ends(adapted.tokenizer, adapted.model)
+    return [] if _templates.own_ends(adapted.model).issuperset(found) else found
 
 
 def require_chat(bundle: Bundle) -> None:

@@ -1,7 +1,7 @@
 """The pipeline: from a recipe to a bundle and its report."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from lowres_ft import (
     exhibits,
     files,
     forked,
+    generation,
     limits,
     page,
     preparing,
@@ -152,6 +153,8 @@ class _Draft:
     """What report.json holds."""
     pad: int | None
     """The token that pads, where it is not the base's."""
+    ends: Sequence[int]
+    """Tokens that end an answer, where the model by itself does not stop after each of them."""
     probe: Probe | None
     expected: Tensor | None
 
@@ -163,7 +166,7 @@ class _Draft:
         except forked.NoRoomError:
             drawn = draw()
         files.write_bytes(folder / "report.html", drawn.encode())
-        told = card.render(self.bundle, self.found, pad_token_id=self.pad)
+        told = card.render(self.bundle, self.found, pad_token_id=self.pad, ends=self.ends)
         files.write_bytes(folder / "README.md", told.encode())
 
 
@@ -292,7 +295,7 @@ def _written(ready: Ready, found: dict[str, Any], machine: Machine, place: Place
     held_out = ready.tokens.get("validation")
     probe = None if held_out is None else probes.make_probe(held_out, resolved.data.probe_rows, adapted)
     expected = None if probe is None else probe.logits(adapted)
-    return _Draft(Bundle(folder, passport, resolved), found, pad, probe, expected)
+    return _Draft(Bundle(folder, passport, resolved), found, pad, generation.unknown_ends(adapted), probe, expected)
 
 
 def _require_same_tokens(folder: Path, ready: Ready) -> None:

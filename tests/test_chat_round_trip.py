@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowres_ft import bases, device, evaluate, merging, profiles
 from lowres_ft import plan as plans
@@ -18,6 +18,7 @@ from lowres_ft.linear import AdaptedLinear
 from lowres_ft.merging import merge
 from lowres_ft.pipeline import run
 from lowres_ft.prediction import evaluate_bundle
+from lowres_ft.tasks import _templates
 from lowres_ft.tasks.chat import Chat
 from lowres_ft.tasks.classification import Classification
 from tests import tiny_chat
@@ -85,6 +86,11 @@ def test_a_bundle_verifies_evaluates_and_merges(architecture: str, chat_bases: B
     assert merged.metric == pytest.approx(scores.metrics["loss"].value, abs=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert plain.config.model_type == architecture
+    ends = np.atleast_1d(plain.generation_config.eos_token_id).tolist()
+    # Other programs stop there too.
+    assert set(_templates.turn_ends(AutoTokenizer.from_pretrained(tmp_path / "merged"))) <= set(ends)
+    card = (bundle.folder / "README.md").read_text()
+    assert (f"eos_token_id={ends}" in card) == (architecture == "gemma")  # whose base stops at <eos> alone
 
 
 def test_a_merge_keeps_few_logits_of_a_large_vocabulary(

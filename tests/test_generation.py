@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,29 @@ def test_an_answer_is_the_likeliest_one_and_its_pieces_are_the_whole(
         assert answer == writer(question)
         assert "".join(pieces) == answer
         assert all(pieces)
+
+
+def test_an_end_of_turn_that_is_no_special_token_is_no_part_of_an_answer(
+    chat_bases: Bases, chats: Path, tmp_path: Path
+):
+    base = shutil.copytree(chat_bases("gemma"), tmp_path / "base")
+    held = json.loads((base / "tokenizer.json").read_text())
+    (end,) = (token for token in held["added_tokens"] if token["content"] == "<end_of_turn>")
+    end["special"] = False
+    (base / "tokenizer.json").write_text(json.dumps(held))
+    told = json.loads((base / "tokenizer_config.json").read_text())
+    told["extra_special_tokens"] = ["<start_of_turn>"]
+    (base / "tokenizer_config.json").write_text(json.dumps(told))
+    model = prepare(tiny_chat.recipe(base, chats), tmp_path / "work").adapted
+    assert model.tokenizer.decode([end["id"]], skip_special_tokens=True) == "<end_of_turn>"
+    (letter,) = model.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    favour(model, *(letter, letter, end["id"]) * 2)
+    pieces: list[str] = []
+    said = Writer(model, max_new_tokens=24)(asked("What?"), pieces.append)
+    assert (said, "".join(pieces)) == ("aa", "aa")
+    rows = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It<end_of_turn> is"}]
+    with pytest.raises(DataError, match="holds <end_of_turn>"):
+        model.task.encode(model.tokenizer, [Conversation("here", rows)])
 
 
 def favour(model: Adapted, *tokens: int) -> None:
@@ -248,6 +272,12 @@ def test_evaluate_tells_the_rows_that_are_left_out(lowres: Command, chat_bases: 
     code, _, err = lowres("evaluate", made.folder, "--data", rows)
     assert (code, "".join(err.split())) == (0, "".join(f"note: 1 rows of {rows} are left out: {rows}:25".split()))
     assert lowres("evaluate", made.folder, "--data", rows, "-q")[2] == ""
+
+
+def test_a_temperature_that_no_logits_bear_is_refused(lowres: Command, bundle: Bundle):
+    code, _, errors = lowres("chat", bundle.folder, "--temperature", "1e-42", typed=b"What?\n")
+    assert code == 2
+    assert "take 0.01 at least, or 0" in errors
 
 
 def test_chat_with_a_bundle_that_labels_is_refused(lowres: Command, trained: Callable[..., Bundle]):

@@ -292,6 +292,9 @@ def test_a_base_that_could_never_stop_is_refused():
         ("{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{% endfor %}", "changes message 2"),
         ("{{ messages | nothing }}", "refuses this conversation: No filter named"),
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses this conversation"),
+        ("{{ 1 / 0 }}", "refuses this conversation: division by zero"),
+        ("{% for n in range(10 ** 9) %}{% endfor %}", "refuses this conversation"),
+        ("{{ 'a'.encode('zzz') }}", "refuses this conversation: unknown encoding"),
     ],
 )
 def test_a_template_in_which_answers_cannot_be_told_is_refused(template: str, message: str):

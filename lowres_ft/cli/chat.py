@@ -13,6 +13,7 @@ from lowres_ft.errors import DataError
 if TYPE_CHECKING:
     from lowres_ft.generation import Session
 
+_COLDEST = 0.01  # a temperature below which one token alone is drawn, and logits that it divides are too large
 _HELP = "An empty line or Ctrl-D ends, /reset begins anew."
 
 
@@ -36,6 +37,8 @@ def chat(
     from lowres_ft.bundle import open_bundle
     from lowres_ft.generation import Session, Writer, require_chat
 
+    if 0 < temperature < _COLDEST:
+        raise typer.BadParameter(f"take {_COLDEST} at least, or 0 for the likeliest token", param_hint="--temperature")
     opened = open_bundle(bundle)
     require_chat(opened)
     adapted, _ = loaded(opened, device, dtype, base, quiet)

@@ -14,7 +14,7 @@ from lowres_ft.errors import DataError, ModelError, first_line
 from lowres_ft.tasks._messages import Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PLAIN = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -166,23 +166,39 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
     return added | set(tokenizer.all_special_tokens)
 
 
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The token that the template writes after an answer; empty where it writes none."""
+    frame = _apply(tokenizer, _marked(_SHORTEST), "chat template", more=False)
+    return _end_of_turn(turn_marks(tokenizer), frame.rpartition(_MARK)[2])
+
+
 def turn_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of the tokens after which an answer is over: the end of text, and the template's end of turn."""
-    frame = _apply(tokenizer, _marked(_SHORTEST), "chat template", more=False)
-    end = _end_of_turn(turn_marks(tokenizer), frame.rpartition(_MARK)[2])
+    end = end_of_turn(tokenizer)
     found = {tokenizer.convert_tokens_to_ids(end)} if end else set()
     return sorted(found | ({tokenizer.eos_token_id} - {None}))
 
 
+def answer_ends(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> list[int]:
+    """Those, and the ids after which a model stops by itself."""
+    return sorted({*turn_ends(tokenizer), *own_ends(model)})
+
+
+def own_ends(model: "PreTrainedModel") -> set[int]:
+    """Ids after which a model stops wherever it writes (`generation_config.eos_token_id`)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return {*(own if isinstance(own, list) else [own])} - {None}
+
+
 def _apply(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str, *, more: bool) -> str:
     """What a template makes of messages; those that can think are asked not to, as training shows no thoughts."""
-    from jinja2 import TemplateError
-
     try:
         return str(
             tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=more, enable_thinking=False
             )
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a template holds is anyone's
         raise DataError(f"{where}: the base's chat template refuses this conversation: {first_line(error)}") from error

@@ -106,7 +106,7 @@ class Chat(Task):
         _templates.set_template(tokenizer, self.template)
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Conversation]) -> list[list[Encoded]]:
-        special = _templates.special_tokens(tokenizer)
+        special = _templates.special_tokens(tokenizer) | ({_templates.end_of_turn(tokenizer)} - {""})
         for example in examples:
             _require_plain_answers(example, special)
         marks = _templates.turn_marks(tokenizer)
