@@ -1,5 +1,6 @@
 """The commands about bundles as a user types them, on a tiny base; and signals in the middle of a run."""
 
+import csv
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from lowres_ft.bundle import Bundle
 from lowres_ft.pipeline import run
+from tests import tiny_chat
 from tests.conftest import Command, recipe
 
 Bases = Callable[..., Path]
@@ -41,6 +43,29 @@ def test_predict_reads_standard_input_and_files_and_writes_json(lowres: Command,
     assert (code, out) == (0, "")
     written = [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()]
     assert written == ["two\nlines", "fine"]
+    _, marked, _ = lowres("predict", folder, "-", "--json", "-q", typed=b"\xef\xbb\xbfa good film\n")
+    assert json.loads(marked)["text"] == "a good film"
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv"])
+def test_a_table_of_predictions_is_read_as_it_was_meant(name: str, lowres: Command, trained: Trainer, tmp_path: Path):
+    texts = ["two\nlines", "carriage\rreturn", 'a "quote"', "a,b\tc;d"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = tmp_path / name
+    assert lowres("predict", trained().folder, "--file", tmp_path / "in.jsonl", "--out", out, "-q")[0] == 0
+    with out.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file, delimiter="\t" if name.endswith("tsv") else ",")
+    assert [row[header.index("text")] for row in rows] == texts
+
+
+def test_a_table_of_answers_holds_nothing_else(lowres: Command, chat_bases: Bases, chats: Path, tmp_path: Path):
+    run(tiny_chat.recipe(chat_bases(), chats), tmp_path / "bundle", device_name="cpu")
+    out = tmp_path / "table.csv"
+    assert lowres("predict", tmp_path / "bundle", "What is 1?", "And 2?", "--out", out, "-q")[:2] == (0, "")
+    with out.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["messages", "answer"]
+    assert [json.loads(messages)[0]["content"] for messages, _ in rows] == ["What is 1?", "And 2?"]
 
 
 @pytest.mark.parametrize(

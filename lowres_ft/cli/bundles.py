@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def predict(
         raise typer.BadParameter("a model that writes gives no probabilities", param_hint="--uncalibrated")
     model = loaded(opened, device, dtype, base, quiet)
     with _writing(out) as sink:
-        streams = opened.recipe.task.generates and not as_json
+        streams = opened.recipe.task.generates and not as_json and _delimiter(out) is None
         predictor = prediction.Predictor(*model, heard=streamed(sink) if streams else None, calibrated=not uncalibrated)
         if texts and texts != ["-"]:
             found = predictor.texts(texts)
@@ -107,9 +108,14 @@ def _form(out: Path | None, task: "Task", as_json: bool, streams: bool) -> Calla
     """What makes lines of a prediction: a table where the file's name asks for one."""
     if as_json:
         return lambda one: [json.dumps(one, ensure_ascii=False)]
-    if out is not None and out.suffix.lower() in _TABLES:
-        return table(_TABLES[out.suffix.lower()])
+    if (delimiter := _delimiter(out)) is not None:
+        return table(delimiter)
     return lambda one: ["" if streams else task.line(one)]
+
+
+def _delimiter(out: Path | None) -> str | None:
+    """What separates the cells of the table that a file's name asks for; None where it asks for none."""
+    return None if out is None else _TABLES.get(out.suffix.lower())
 
 
 def _write(found: Iterable[dict[str, Any]], sink: TextIO, form: Callable[[dict[str, Any]], Iterable[str]]) -> int:
@@ -135,8 +141,9 @@ def table(delimiter: str) -> Callable[[dict[str, Any]], Iterable[str]]:
     def row(values: list[Any]) -> str:
         text = io.StringIO()
         told = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
-        csv.writer(text, delimiter=delimiter, lineterminator="").writerow(map(cell, told))
-        return text.getvalue()
+        # A cell is quoted that holds a mark which ends lines.
+        csv.writer(text, delimiter=delimiter, lineterminator="\r\n").writerow(map(cell, told))
+        return text.getvalue().removesuffix("\r\n")
 
     return rows
 
@@ -171,7 +178,8 @@ def loaded(bundle: "Bundle", device: str, dtype: DtypeName | None, base: str | N
 def typed() -> Iterator[str]:
     """The lines of standard input that are not empty."""
     try:
-        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        lines = itertools.chain([next(sys.stdin, "").removeprefix("\ufeff")], sys.stdin)
+        yield from (line.rstrip("\r\n") for line in lines if line.strip())
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not {error.encoding}: {error.reason}", hint="Send UTF-8 text.") from error
 
