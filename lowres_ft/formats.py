@@ -102,6 +102,11 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
             raise DataError(f"{name}:{start}: {message}", hint=hint) from error
         if len(values) < 2 and not "".join(values).strip():
             continue
+        if delimiter == "\t" and header and _swallowed(values, len(header)):
+            raise DataError(
+                f"{name}:{start}: the quote that opens here closes on line {reader.line_num}, with whole rows inside",
+                hint=f"{_QUOTES} One at the start of a text that is not quoted is written as three.",
+            )
         if header is None:
             header = _header(values, f"{name}:{start}", delimiter)
         elif len(values) != len(header):
@@ -113,6 +118,12 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
             )
         else:
             yield f"{name}:{start}", dict(zip(header, values, strict=True))
+
+
+def _swallowed(values: list[str], columns: int) -> bool:
+    """Whether a field of a file with tabs seems to hold other rows: a quote of a text was taken for a field's."""
+    lines = (line for value in values if "\n" in value for line in value.splitlines())
+    return columns > 1 and any(line.count("\t") >= columns - 1 for line in lines)
 
 
 def _header(values: list[str], where: str, delimiter: str) -> list[str]:
@@ -128,12 +139,25 @@ def _header(values: list[str], where: str, delimiter: str) -> list[str]:
     return header
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        ValueError: Two of its values have one name.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"two values of an object are called '{twice}'")
+    return found
+
+
 def _jsonl(path: Path, name: str) -> Iterator[Row]:
     for number, line in lines(path, name):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise DataError(f"{name}:{number}: not JSON: {error.msg} at column {error.colno}", hint=_OBJECTS) from error
         except (ValueError, RecursionError) as error:  # a number too long, or lists too deep, for Python
@@ -146,7 +170,8 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
 def _json(path: Path, name: str) -> Iterator[Row]:
     """The objects of a file that holds one array of them; it is read as a whole."""
     try:
-        values = json.loads("".join(line for _, line in lines(path, name, longest=sys.maxsize - 1)))
+        whole = "".join(line for _, line in lines(path, name, longest=sys.maxsize - 1))
+        values = json.loads(whole, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}", hint=_ARRAY) from error
     except (ValueError, RecursionError) as error:
@@ -166,6 +191,8 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     try:
         number = 0
         with parquet.ParquetFile(path) as file:
+            if twice := next((column for column, n in Counter(file.schema_arrow.names).items() if n > 1), None):
+                raise DataError(f"{name}: two columns are called '{twice}'", hint="Rename one of them.")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

@@ -182,7 +182,6 @@ def test_a_file_larger_than_the_memory_allowed_is_read_split_and_given_back(tmp_
         ("text,label\n,good\na,\n", r"a\.csv:2: the text is empty\n  .*a\.csv:3: the label is empty", "Mend or remove"),
         ("text,label\na,good\nb,bda\nc,bda\n", r"a\.csv:3: unknown label 'bda' \(did you mean 'bad'.*, 2 rows", "null"),
         ("text,label\na,Good\n", r"a\.csv:2: unknown label 'Good' \(did you mean 'good'\?\), 1 row$", "'bad', 'good'"),
-        ("text,label\na, good\n", r"a\.csv:2: unknown label ' good' \(did you mean 'good'\?\)", "'bad', 'good'"),
         ("text,label\na,0\nb,1\nc,2\n", r"a\.csv:4: unknown label '2', 1 row$", "the numbers 0 to 1 may stand"),
         ("text,label\na,-1\n", r"a\.csv:2: unknown label '-1'", "the numbers 0 to 1 may stand"),
         ("text,label\na,1.0\n", r"a\.csv:2: unknown label '1\.0'", "the numbers 0 to 1 may stand"),
@@ -279,8 +278,9 @@ def test_a_short_column_of_free_text_is_no_label_column_either(tmp_path: Path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (("good", "good "), r"a\.csv:3: the label 'good ' differs from 'good' \(.*a\.csv:2\)"),
-        (("good", "Good"), r"a\.csv:3: the label 'Good' differs from 'good'"),
+        (("good", "Good"), r"a\.csv:3: the label 'Good' differs from 'good' \(.*a\.csv:2\)"),
+        (("not good", "not  good"), r"a\.csv:3: the label 'not  good' differs from 'not good'"),
+        (("caf\u00e9", "cafe\u0301"), r"a\.csv:3: the label 'cafe\u0301' differs from 'caf\u00e9'"),
         (("1", "1.0"), r"a\.csv:3: the label '1\.0' differs from '1'"),
     ],
 )
@@ -290,6 +290,11 @@ def test_found_labels_that_differ_only_in_writing_are_told(tmp_path: Path, label
         load(path, "task.labels=null")
     assert "task.labels" in error.value.hint
     assert load(path, f"task.labels={list(labels)}").task.labels == labels  # type: ignore[attr-defined]
+
+
+def test_spaces_around_a_label_are_no_part_of_it(tmp_path: Path):
+    path = write(tmp_path / "a.csv", [(f"film {number}", (" bad", "good ")[number % 2]) for number in range(40)])
+    assert load(path, "task.labels=null").task.labels == ("bad", "good")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def seen(*labels: str) -> dict[str, Seen]:
         (float("nan"), []),
         ([], []),
         (["good", "cold", "good"], ["good", "cold"]),
-        ([1, True, 0.5], ["1", "true", "0.5"]),
+        ([1, False, 0.5], ["1", "false", "0.5"]),
         (3, ["3"]),
         ("cold,good", ["cold,good"]),
     ],
@@ -61,6 +61,9 @@ def test_another_sign_may_separate_labels():
         ({"a": 1}, r"a:1: the label is \{'a': 1\}, which is neither a word nor a number"),
         (["good", None], "a:1: the label is empty"),
         (["good", ["cold"]], r"a:1: the label is \['cold'\], which is neither"),
+        ([0, 1, 0], r"a:1: the labels are \[0, 1, 0\], which names one twice: does a number stand for each label\?"),
+        ([0.0, 0.0], "names one twice"),
+        ([True, False, True], "names one twice"),
     ],
 )
 def test_a_cell_that_holds_no_labels_is_refused(cell: object, message: str):

@@ -63,6 +63,13 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path, name: str, content: str
     assert values(tmp_path / name, content) == [{"text": text, "label": "1"}]
 
 
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path):
+    columns = [pa.array(["fine"]), pa.array(["good"]), pa.array(["bad"])]
+    parquet.write_table(pa.Table.from_arrays(columns, ["text", "label", "label"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: two columns are called 'label'"):
+        list(readers.rows(str(tmp_path / "rows.parquet")))
+
+
 def test_parquet_rows_keep_their_types_and_are_counted_over_batches(tmp_path: Path):
     table = pa.table({"text": ["fine"] * 2000, "label": pa.array([1] * 1999 + [None], pa.int64())})
     parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=700)
@@ -142,6 +149,16 @@ def test_a_glob_is_read_in_the_order_of_names(tmp_path: Path, pattern: str, foun
         ("a.csv", b'x,y\n"1\n\n",2,3\n4,5\n', r"a\.csv:2: 3 fields,", "in double quotes"),
         ("a.tsv", b"x\ty\n1\n", r"a\.tsv:2: 1 field,", "separated by tabs"),
         ("a.csv", b"x,x\n1,2\n", r"a\.csv:1: two columns are called 'x'", "Rename"),
+        (
+            "a.jsonl",
+            b'{"x": 1}\n{"x": 1, "x": 2}\n',
+            r"a\.jsonl:2: .*two values of an object are called 'x'",
+            "One object",
+        ),
+        (
+            *("a.tsv", b'x\ty\n"one\tbad\ntwo\tgood\nthree"\tbad\n'),
+            *(r"a\.tsv:2: the quote that opens here closes on line 4, with whole rows inside", "written as three"),
+        ),
         ("a.csv", b"x;y\n1;2\n", r"a\.csv:1: .* by semicolons, not by commas", ".csv, or with tabs as .tsv"),
         ("a.csv", b"x\ty\n1\t2\n", r"a\.csv:1: .* by tabs, not by commas", ".tsv"),
         ("a.csv", b"\nx|y,z\n", r"a\.csv holds no rows", "below the header"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import unicodedata
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ def one(value: object, where: str) -> str:
         raise DataError(f"{where}: the label is empty")
     if not isinstance(value, str | int | float):
         raise DataError(f"{where}: the label is {quoted(value)}, which is neither a word nor a number")
-    return str(as_text(value))
+    return str(as_text(value)).strip()
 
 
 def several(value: object, separator: str, where: str) -> list[str]:
@@ -47,7 +48,14 @@ def several(value: object, separator: str, where: str) -> list[str]:
     if isinstance(value, str):
         parts = (part.strip() for part in value.split(separator))
         return list(dict.fromkeys(part for part in parts if part))
-    return list(dict.fromkeys(one(label, where) for label in (value if isinstance(value, list) else [value])))
+    items = value if isinstance(value, list) else [value]
+    numbers = [item for item in items if isinstance(item, int | float)]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"{where}: the labels are {quoted(items)}, which names one twice: does a number stand for each label?",
+            hint="A list names the labels that a row has. Or each label has a column of its own, with 0 or 1.",
+        )
+    return list(dict.fromkeys(one(label, where) for label in items))
 
 
 def by_column(row: Mapping[str, Any], labels: Collection[str], where: str) -> list[str]:
@@ -104,7 +112,7 @@ def found(seen: Mapping[str, Seen]) -> tuple[str, ...]:
     """
     spelled: dict[str | float, str] = {}
     for label, at in seen.items():
-        other = spelled.setdefault(float(label) if is_number(label) else label.strip().casefold(), label)
+        other = spelled.setdefault(float(label) if is_number(label) else _plain(label), label)
         if other != label:
             raise DataError(
                 f"{at.where}: the label {quoted(label)} differs from {quoted(other)} ({seen[other].where}) only in "
@@ -114,6 +122,11 @@ def found(seen: Mapping[str, Seen]) -> tuple[str, ...]:
     if all(is_number(label) for label in seen):
         return tuple(sorted(seen, key=lambda label: (float(label), label)))
     return tuple(sorted(seen))
+
+
+def _plain(label: str) -> str:
+    """A label without what is hardly meant to tell it from another: capitals, spaces, ways to write one character."""
+    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
 def require_separated(seen: Mapping[str, Seen], separator: str) -> None:

@@ -45,8 +45,15 @@ def read(row: Mapping[str, Any], where: str) -> list[Message]:
         raise DataError(f"{where}: {listed} is {_shown(items)}, not a list of messages", hint=_LIST)
     spoken = [(number, item) for number, item in enumerate(items, start=1) if number > 1 or not _is_blank(item)]
     found = [_message(item, f"{where}: message {number}") for number, item in spoken or enumerate(items, start=1)]
-    if row.get("system") and found[0]["role"] != "system":
-        found.insert(0, {"role": "system", "content": _text(row["system"], f"{where}: the system message")})
+    if row.get("system"):
+        opening = {"role": "system", "content": _text(row["system"], f"{where}: the system message")}
+        if found[0]["role"] != "system":
+            found.insert(0, opening)
+        elif found[0] != opening:
+            raise DataError(
+                f"{where}: the column system says otherwise than the system message that opens {listed}",
+                hint="Leave one of them out.",
+            )
     _check_order(found, where)
     return found
 
