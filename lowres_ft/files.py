@@ -129,17 +129,24 @@ def writing(path: Path, *, hint: str = "Make room or choose another place with -
         raise
 
 
+_drafts: set[Path] = set()  # of this process, while it works on them
+
+
 @contextmanager
 def draft(place: Path) -> Iterator[Path]:
     """A new folder beside `place` to make what shall stand there, until `publish` moves it; else it goes afterwards."""
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         folder = _draft_name(place)
+        if folder not in _drafts:  # in a container that began again, this process may be called as one that was killed
+            remove(folder)
         folder.mkdir()
+        _drafts.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _drafts.discard(folder)
 
 
 def publish(folder: Path, place: Path) -> None:

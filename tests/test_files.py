@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowres_ft.errors import OutputError
-from lowres_ft.files import cache_dir, cached_sha256, publish, scratch, sha256, write_bytes, write_json
+from lowres_ft.files import cache_dir, cached_sha256, draft, publish, scratch, sha256, write_bytes, write_json
 
 
 @pytest.fixture
@@ -227,3 +227,15 @@ def test_the_cache_lies_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir().name == "lowres-ft"
     assert tmp_path in cache_dir().parents
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    with draft(tmp_path / "out") as folder:
+        name = folder
+    name.mkdir()  # as in a container that began again
+    (name / "old").touch()
+    with draft(tmp_path / "out") as folder:
+        assert (folder, list(folder.iterdir())) == (name, [])
+        with pytest.raises(OutputError), draft(tmp_path / "out"):  # it is being worked on
+            pass
+        assert folder.is_dir()

@@ -10,7 +10,7 @@ _TAGS = (
     "iframe img input label li link main meta nav noscript ol option p pre script section select small span strong "
     "style sub sup svg table tbody td th thead title tr tt u ul video"
 )
-_TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:\s+[^<>]*)?/?>|<!--|<!doctype\b", re.IGNORECASE)
+_TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:\s[^<>]*)?/?>|<!--|<!doctype\b", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:[a-z]{2,8}\d{0,2}|#\d{2,7}|#x[0-9a-f]{2,6});", re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # Zero-width space, soft hyphen, byte order mark, marks of direction, tags; not the joiners, which scripts need.

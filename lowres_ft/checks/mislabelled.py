@@ -108,7 +108,9 @@ def _out_of_fold(part: Part, positions: np.ndarray, classes: np.ndarray) -> np.n
     _, text = np.unique(part.keys[positions], return_inverse=True)
     fold = (np.random.default_rng(_SEED).permutation(int(text.max()) + 1) % _FOLDS)[text]
     for seen, unseen in ((np.flatnonzero(fold != one), np.flatnonzero(fold == one)) for one in range(_FOLDS)):
-        found[np.ix_(unseen, np.unique(classes[seen]))] = model.fit(words[seen], classes[seen]).predict_proba(
-            words[unseen]
-        )
+        known = np.unique(classes[seen])
+        if len(known) == 1:  # all texts of the others are in this fold: nothing tells them apart
+            found[unseen, known] = 1.0
+        else:
+            found[np.ix_(unseen, known)] = model.fit(words[seen], classes[seen]).predict_proba(words[unseen])
     return found
