@@ -121,9 +121,16 @@ def _separated(path: Path, name: str, delimiter: str) -> Iterator[Row]:
 
 
 def _swallowed(values: list[str], columns: int) -> bool:
-    """Whether a field of a file with tabs seems to hold other rows: a quote of a text was taken for a field's."""
-    lines = (line for value in values if "\n" in value for line in value.splitlines())
-    return columns > 1 and any(line.count("\t") >= columns - 1 for line in lines)
+    """Whether a field of a file with tabs seems to hold other rows: a quote of a text was taken for a field's.
+
+    Then its first line ends a row, its last one begins one, and each between them has the tabs of one.
+    """
+    for place, value in enumerate(values):
+        tabs = [line.count("\t") for line in value.split("\n")]
+        between = [columns - 1] * (len(tabs) - 2)
+        if columns > 1 and len(tabs) > 1 and tabs == [columns - 1 - place, *between, place]:
+            return True
+    return False
 
 
 def _header(values: list[str], where: str, delimiter: str) -> list[str]:

@@ -63,6 +63,13 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path, name: str, content: str
     assert values(tmp_path / name, content) == [{"text": text, "label": "1"}]
 
 
+def test_a_text_in_quotes_may_hold_tabs_and_line_breaks(tmp_path: Path):
+    texts = ["a\tb\nc\td", "one\n\ttwo\n\tthree", "a\n\tb\n", "tab\there"]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), *((text, "good") for text in texts)])
+    assert [row["text"] for _, row in readers.rows(str(tmp_path / "a.tsv"))] == texts
+
+
 def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path):
     columns = [pa.array(["fine"]), pa.array(["good"]), pa.array(["bad"])]
     parquet.write_table(pa.Table.from_arrays(columns, ["text", "label", "label"]), tmp_path / "rows.parquet")
