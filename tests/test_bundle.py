@@ -184,7 +184,7 @@ def test_on_another_host_logits_need_to_be_near_only(trained: Trainer):
 
 def test_labels_of_any_script_stand_in_the_card(bases: Bases, tmp_path: Path):
     rows = tmp_path / "rows.csv"
-    labels = ("\N{THUMBS UP SIGN} \u2028", "差劲")
+    labels = ("\N{THUMBS UP SIGN} \u2028 up", "差劲")
     lines = [f"the film was {('good', 'bad')[n % 2]} {n},{labels[n % 2]}" for n in range(30)]
     rows.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
     bundle = run(recipe(bases(), rows, "task.labels=null"), tmp_path / "bundle", device_name="cpu")
