@@ -200,6 +200,10 @@ def test_the_command_draws_and_tells(bases: Bases, rows: Path, tmp_path: Path, l
     code, _, err = lowres(*arguments, "--out", tmp_path / "mine")
     assert code == 2
     assert "mine exists" in err
+    code, _, err = lowres("curve", "sentiment-lora", "--sizes", "50,100,100", "--out", "few")
+    assert code == 2
+    assert "a curve needs four sizes: three to fit it and one to check it, not 2" in err
+    assert not Path("few").exists()
     code, _, err = lowres("curve", "sentiment-lora", "--sizes", "a,b")
     assert code == 2
     assert "'a,b' is not whole numbers with commas between" in " ".join(err.split())

@@ -83,6 +83,8 @@ def curve(
     from lowres_ft.cli.display import listening
 
     gc.freeze()  # the libraries stay, as in `recipe`
+    if wanted is not None:
+        curves.require_enough(wanted)
     folder = curves.claim(out, loaded.name)
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work, listening(quiet) as listen:
         scores = curves.measure(loaded, Path(work), sizes=wanted, seeds=seeds, device_name=device, listen=listen)
