@@ -58,6 +58,15 @@ def test_a_table_of_predictions_is_read_as_it_was_meant(name: str, lowres: Comma
     assert [row[header.index("text")] for row in rows] == texts
 
 
+def test_a_place_that_cannot_be_written_is_told_before_a_model_is_loaded(
+    lowres: Command, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Bundle, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    code, _, errors = lowres("predict", trained().folder, "a film", "--out", tmp_path / "none" / "x.csv")
+    assert code == 2
+    assert "there is no folder" in errors
+
+
 def test_a_table_of_answers_holds_nothing_else(lowres: Command, chat_bases: Bases, chats: Path, tmp_path: Path):
     run(tiny_chat.recipe(chat_bases(), chats), tmp_path / "bundle", device_name="cpu")
     out = tmp_path / "table.csv"

@@ -30,6 +30,25 @@ def heard() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+EARLY = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "lowres_ft.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from lowres_ft.__main__ import main
+main()
+"""
+
+
+def test_a_signal_while_the_command_line_is_imported_leaves_no_traceback():
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.usefixtures("heard")
 def test_a_signal_stops_at_once():
     with pytest.raises(Stopped) as caught:

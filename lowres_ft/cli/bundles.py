@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import typer
 
 from lowres_ft.cli.options import Base, BundleFolder, Device, Json, Quiet
-from lowres_ft.errors import DataError
+from lowres_ft.errors import DataError, OutputError
 from lowres_ft.harmless import cell
 from lowres_ft.tasks.base import printable
 
@@ -87,6 +87,7 @@ def predict(
     from lowres_ft.bundle import open_bundle
 
     _require_one(texts, file)
+    _require_folder(out)
     opened = open_bundle(bundle)
     if uncalibrated and opened.recipe.task.generates:
         raise typer.BadParameter("a model that writes gives no probabilities", param_hint="--uncalibrated")
@@ -154,6 +155,12 @@ def _require_one(texts: list[str] | None, file: str | None) -> None:
         raise typer.BadParameter("give texts, --file F, or - for standard input", param_hint="TEXT")
     if texts and file is not None:
         raise typer.BadParameter("give texts or --file F, not both", param_hint="TEXT")
+
+
+def _require_folder(out: Path | None) -> None:
+    """Tell before a model is loaded that what comes of it could not be written."""
+    if out is not None and not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}", hint="Make it, or choose another place.")
 
 
 def streamed(sink: TextIO) -> Callable[[str], None]:
