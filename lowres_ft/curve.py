@@ -148,7 +148,9 @@ def measure(
     """
     setting = _Setting.of(recipe, work, device_name, listen)
     total = len(setting.rows.train)
-    wanted = require_sizes(sizes, total) if sizes else require_enough(spread(total, len(setting.rows.task.names)))
+    wanted = (
+        require_sizes(sizes, total) if sizes else powerlaw.require_enough(spread(total, len(setting.rows.task.names)))
+    )
     found = {(score.size, score.seed): score for score in known}
     with pipeline.bounded(setting.resolved, setting.machine, listen):
         for seed in range(recipe.train.seed, recipe.train.seed + seeds):
@@ -176,7 +178,7 @@ def fitted(recipe: Recipe, scores: Sequence[Score]) -> Curve:
         DataError: There are fewer than four sizes, so that nothing can be hidden.
     """
     by_size = points(scores)
-    require_enough([point.size for point in by_size])
+    powerlaw.require_enough([point.size for point in by_size])
     better = recipe.task.higher_is_better
     bounds = {"higher_is_better": better, "highest": 1.0}
     hidden = by_size[-1]
@@ -200,20 +202,6 @@ def spread(total: int, classes: int) -> list[int]:
     """Five sizes, each twice the one before, up to all rows; fewer where they would be too small."""
     least = max(_LEAST, 2 * classes)
     return [size for size in (math.ceil(total / 2**power) for power in reversed(range(SIZES))) if size >= least]
-
-
-def require_enough(sizes: Sequence[int]) -> list[int]:
-    """Sizes to which a law can be fitted, and checked.
-
-    Raises:
-        DataError: There are fewer than four.
-    """
-    if (count := len(set(sizes))) < 4:
-        raise DataError(
-            f"a curve needs four sizes: three to fit it and one to check it, not {count}",
-            hint="Name more with --sizes, or add rows.",
-        )
-    return list(sizes)
 
 
 def require_sizes(sizes: Sequence[int], total: int) -> list[int]:

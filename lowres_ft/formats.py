@@ -135,8 +135,7 @@ def _swallowed(values: list[str], columns: int) -> bool:
 
 def _header(values: list[str], where: str, delimiter: str) -> list[str]:
     header = [value.strip() for value in values]
-    if twice := next((column for column in header if header.count(column) > 1), None):
-        raise DataError(f"{where}: two columns are called '{twice}'", hint="Rename one of them.")
+    _require_apart(header, where)
     other = max(_SEPARATORS, key=header[0].count)
     if len(header) == 1 and other in header[0]:
         raise DataError(
@@ -144,6 +143,12 @@ def _header(values: list[str], where: str, delimiter: str) -> list[str]:
             hint="Save it with commas as .csv, or with tabs as .tsv.",
         )
     return header
+
+
+def _require_apart(columns: list[str], where: str) -> None:
+    """Refuse columns of which two have one name."""
+    if twice := next((column for column, count in Counter(columns).items() if count > 1), None):
+        raise DataError(f"{where}: two columns are called '{twice}'", hint="Rename one of them.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -198,8 +203,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     try:
         number = 0
         with parquet.ParquetFile(path) as file:
-            if twice := next((column for column, n in Counter(file.schema_arrow.names).items() if n > 1), None):
-                raise DataError(f"{name}: two columns are called '{twice}'", hint="Rename one of them.")
+            _require_apart(file.schema_arrow.names, name)
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowres_ft.errors import DataError
+
 _EXPONENTS = np.geomspace(0.05, 2.0, 60)
 _USUAL, _SPREAD = 0.5, 0.7  # of the exponents, log-normal: most curves of fine-tuned classifiers lie between 0.2 and 1
 _DRAWS = 20_000
@@ -89,6 +91,20 @@ class Law:
     def _estimate(self, scores: np.ndarray) -> Estimate:
         low, high = sorted(self.sign * end for end in _ends(scores))
         return Estimate(float(self.sign * np.median(scores)), low, high)
+
+
+def require_enough(sizes: Sequence[int]) -> list[int]:
+    """Sizes to which a law can be fitted, and checked.
+
+    Raises:
+        DataError: There are fewer than four.
+    """
+    if (count := len(set(sizes))) < 4:
+        raise DataError(
+            f"a curve needs four sizes: three to fit it and one to check it, not {count}",
+            hint="Name more with --sizes, or add rows.",
+        )
+    return list(sizes)
 
 
 def fit(points: Sequence[Point], *, higher_is_better: bool = True, highest: float | None = 1.0) -> Law:

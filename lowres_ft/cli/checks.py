@@ -79,12 +79,12 @@ def curve(
         limits.expect(loaded.budget.memory)
     wanted = _numbers(sizes)
     from lowres_ft import curve as curves
-    from lowres_ft import plotting
+    from lowres_ft import plotting, powerlaw
     from lowres_ft.cli.display import listening
 
     gc.freeze()  # the libraries stay, as in `recipe`
     if wanted is not None:
-        curves.require_enough(wanted)
+        powerlaw.require_enough(wanted)
     folder = curves.claim(out, loaded.name)
     with tempfile.TemporaryDirectory(prefix="lowres-ft-") as work, listening(quiet) as listen:
         scores = curves.measure(loaded, Path(work), sizes=wanted, seeds=seeds, device_name=device, listen=listen)
