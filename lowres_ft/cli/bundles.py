@@ -160,7 +160,8 @@ def _require_one(texts: list[str] | None, file: str | None) -> None:
 def _require_folder(out: Path | None) -> None:
     """Tell before a model is loaded that what comes of it could not be written."""
     if out is not None and not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}", hint="Make it, or choose another place.")
+        message = f"{out} cannot be written: there is no folder {out.parent}"
+        raise OutputError(message, hint="Make it, or choose another place.")
 
 
 def streamed(sink: TextIO) -> Callable[[str], None]:
