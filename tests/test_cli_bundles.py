@@ -61,8 +61,9 @@ def test_a_table_of_predictions_is_read_as_it_was_meant(name: str, lowres: Comma
 def test_a_place_that_cannot_be_written_is_told_before_a_model_is_loaded(
     lowres: Command, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    folder = trained().folder  # which is loaded as it is made
     monkeypatch.setattr(Bundle, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    code, _, errors = lowres("predict", trained().folder, "a film", "--out", tmp_path / "none" / "x.csv")
+    code, _, errors = lowres("predict", folder, "a film", "--out", tmp_path / "none" / "x.csv")
     assert code == 2
     assert "there is no folder" in errors
 
